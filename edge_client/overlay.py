@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edge_client.bases import Scratch
 from edge_client.displacements import Displacement, Placement, displacement
 from edge_client.kernels import Kernel, choose
 from edge_client.placeholders import Placeholder
@@ -28,48 +30,20 @@ Floats = NDArray[np.float32]
 _DIGEST_CHUNK = 1 << 22  # weights at a time
 
 
-class Scratch:
-    """Memory that operations use one after the other: one flat tensor per slot, as large as its largest use."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        self._device = device
-        self._slots: dict[int, Tensor] = {}
-
-    def take(self, slot: int, elements: int) -> Tensor:
-        """`elements` of the slot's memory, with whatever it holds."""
-        memory = self._slots.get(slot)
-        if memory is None or memory.numel() < elements:
-            self._slots.pop(slot, None)  # freed before the larger one is allocated
-            memory = self._slots[slot] = self.fresh(elements)
-        return memory[:elements]
-
-    def fresh(self, elements: int) -> Tensor:
-        """New memory. Never an inference tensor: those cannot be written outside inference mode."""
-        with torch.inference_mode(False):
-            return torch.empty(elements, dtype=self._dtype, device=self._device)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """What the slots hold together."""
-        return sum(memory.nbytes for memory in self._slots.values())
-
-
 class BaseWeights:
     """One tuned tensor: its base, its number in the manifest, and how its weights come about."""
 
     def __init__(self, tuned: Tuned, number: int, scratch: Scratch, added: Displacement) -> None:
         self.name = tuned.name
         self.shape = tuned.weight.shape
-        self.base = tuned.weight.detach().contiguous().view(-1)
-        self.number = number
+        self.base = tuned.base
         self._scratch = scratch
-        self._added = added
+        self._add = partial(added.fill, tensor=number)
 
     def fill(self, starts: Tensor, out: Tensor) -> None:
         """See `edge_client.placeholders.Weights`."""
         with torch.no_grad():
-            self._added.fill(self.base, starts, out, self.number)
+            self.base.fill(self._add, starts, out)
 
     def scratch(self, slot: int, elements: int) -> Tensor:
         """See `edge_client.placeholders.Weights`."""
@@ -157,7 +131,7 @@ class Overlay:
     def materialise(self, name: str) -> Tensor:
         """The weights of one tensor of the manifest, in memory of their own and in its shape."""
         weights = self._find(name)
-        out = self._scratch.fresh(weights.base.numel())
+        out = self._scratch.fresh(weights.base.elements)
         weights.fill(torch.zeros(1, dtype=torch.int64, device=out.device), out.view(1, -1))
         return out.view(weights.shape)
 
@@ -179,7 +153,7 @@ class Overlay:
         for tuned in self._tensors:
             self._place_one(tuned, nn.Parameter(self.materialise(tuned.name), requires_grad=False))
             del self._weights[tuned.name]
-            tuned.weight.data = torch.empty(0)  # the base goes as its weights come: no second copy of the model
+            tuned.free()  # the base goes as its weights come: no second copy of the model
         self._end()
 
     def detach(self) -> None:
@@ -226,12 +200,10 @@ class Overlay:
         self._check_idle()
         hashed = hashlib.sha256()
         for weights in self._weights.values():
-            for start in range(0, weights.base.numel(), _DIGEST_CHUNK):
-                part = weights.base[start : start + _DIGEST_CHUNK]
-                if rebuilt:
-                    at = torch.tensor([start], dtype=torch.int64, device=part.device)
-                    part = self._scratch.take(0, part.numel())
-                    weights.fill(at, part.view(1, -1))
+            fill = weights.fill if rebuilt else weights.base.read
+            for start in range(0, weights.base.elements, _DIGEST_CHUNK):
+                part = self._scratch.take(0, min(_DIGEST_CHUNK, weights.base.elements - start))
+                fill(torch.tensor([start], dtype=torch.int64, device=part.device), part.view(1, -1))
                 hashed.update(part.view(torch.uint8).cpu().numpy().data)
         return hashed.digest()
 
@@ -240,7 +212,7 @@ class Overlay:
             weights = self._weights[tuned.name]
             self._place_one(tuned, Placeholder(weights, 0, weights.shape, weights.base.dtype, weights.base.device))
 
-    def _place_one(self, tuned: Tuned, parameter: nn.Parameter | Placeholder) -> None:
+    def _place_one(self, tuned: Tuned, parameter: Tensor) -> None:
         for module, attribute in tuned.places:
             module._parameters[attribute] = parameter  # type: ignore[assignment]
 

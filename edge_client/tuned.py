@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from edge_client.bases import BareWeights, Base, PlainBase
+from edge_client.placeholders import Placeholder
 from shared.errors import UserError
 from shared.manifest import Manifest
 from shared.manifest import Tensor as Entry
@@ -29,8 +31,21 @@ class Tuned:
     """One tuned tensor: its weights and every place in the model where they stand."""
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor  # a parameter, or a placeholder over `BareWeights` where the base is kept in another way
     places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def base(self) -> Base:
+        """Its base weights."""
+        kept = _kept(self.weight)
+        return PlainBase(self.weight) if kept is None else kept
+
+    def free(self) -> None:
+        """Let go of the base weights; nothing may use them any more."""
+        if isinstance(self.weight, Placeholder):
+            del self.weight.weights
+        else:
+            self.weight.data = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Selection:
 def select(model: nn.Module) -> Selection:
     """The tuned tensors of `model`. Raises UserError, naming tensors, where one cannot be tuned."""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[int, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, weight in module._parameters.items():
             if weight is not None:
@@ -74,7 +89,9 @@ def _merge_shared(found: list[Tuned]) -> list[Tuned]:
     for tuned in found:
         weight = tuned.weight
         key: object = id(weight)
-        if _has_memory(weight):
+        if isinstance(weight, Placeholder):
+            key = id(_kept(weight))
+        elif _has_memory(weight):
             key = (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
         first = merged.get(key)
         merged[key] = tuned if first is None else Tuned(first.name, first.weight, first.places + tuned.places)
@@ -91,7 +108,8 @@ def _check_each(found: list[Tuned]) -> None:
 
 def _fault(tuned: Tuned) -> str | None:
     weight = tuned.weight
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+    is_kept = _kept(weight) is not None
+    if not is_kept and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
         return f"it is a {type(weight).__name__}, a kind of tensor with rules of its own"
     if weight.is_meta:
         return "its data is not in memory (meta device)"
@@ -144,13 +162,20 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 def _check_overlaps(model: nn.Module, found: list[Tuned]) -> None:
     """Refuse weights that share part of their memory with another weight or with a buffer."""
-    named = [(tuned.name, tuned.weight.detach()) for tuned in found]
+    named = [(tuned.name, tuned.weight.detach()) for tuned in found if _kept(tuned.weight) is None]
     named += list(model.named_buffers())
     spans = sorted((*_span(tensor), name) for name, tensor in named if _has_memory(tensor))
     weights = {tuned.name for tuned in found}
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin < end and (name in weights or other in weights):
             raise UserError(f"{name!r} and {other!r} share part of their memory, so they cannot be tuned. Clone one.")
+
+
+def _kept(weight: Tensor) -> Base | None:
+    """The base behind a placeholder that the model was loaded with; None for any other tensor."""
+    if isinstance(weight, Placeholder) and isinstance(weight.weights, BareWeights):
+        return weight.weights.base
+    return None
 
 
 def _has_memory(tensor: Tensor) -> bool:

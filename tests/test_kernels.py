@@ -79,9 +79,10 @@ def expected(
 
 def computed(
     kernel: Kernel, base: torch.Tensor, kind: DirectionKind, starts: Sequence[int], length: int,
-    a: NDArray[np.float32], probe: tuple[int, np.float32] | None,
+    a: NDArray[np.float32], probe: tuple[int, np.float32] | None, *, elements: int = 0, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    out = torch.empty(len(starts), length, dtype=base.dtype)
+    """elements: of the whole tensor, where base holds the segments alone."""
+    out = torch.empty(len(starts), length, dtype=base.dtype) if out is None else out
     at = torch.tensor(starts)
     if kind == "hadamard":
         y = directions.offsets(a)
@@ -90,7 +91,7 @@ def computed(
         padded = torch.from_numpy(np.concatenate((y, y[:PADDING])))
         kernel.add_hadamard(base, at, out, tensor=TENSOR, padded=padded, pool_key=POOL_KEY)
         return out
-    sums = torch.zeros(base.numel())
+    sums = torch.zeros(elements or base.numel())
     seeds = np.flatnonzero(a)
     terms = Terms(torch.from_numpy(seeds), torch.from_numpy(a[seeds]))
     kernel.accumulate(sums, tensor=TENSOR, kind=kind, pool_key=POOL_KEY, terms=terms)
@@ -111,6 +112,21 @@ def test_kernel_equals_the_definition_bit_for_bit(
     for what, (starts, length) in SEGMENTS.items():
         found = computed(KERNELS[name], as_tensor(base, dtype), kind, starts, length, a, probe)
         assert np.array_equal(bits(found), expected(base, dtype, kind, starts, length, a, probe)), what
+
+
+@pytest.mark.parametrize("kind", get_args(DirectionKind))
+@pytest.mark.parametrize("name", KERNELS)
+def test_base_weights_of_the_segments_alone_give_the_same_bits_also_in_place(name: str, kind: DirectionKind) -> None:
+    a = coefficients(4096)
+    whole = base_weights("bf16", 70_001)
+    for what, (starts, length) in SEGMENTS.items():
+        parts = np.concatenate([whole[start : start + length] for start in starts])
+        apart = as_tensor(parts, "bf16").view(-1, length)
+        wanted = expected(whole, "bf16", kind, starts, length, a, None)
+        found = computed(KERNELS[name], apart, kind, starts, length, a, None, elements=whole.size)
+        assert np.array_equal(bits(found), wanted), what
+        found = computed(KERNELS[name], apart, kind, starts, length, a, None, elements=whole.size, out=apart)
+        assert np.array_equal(bits(found), wanted), what
 
 
 @pytest.mark.parametrize("seeds", [256, 65536])

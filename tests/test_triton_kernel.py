@@ -132,7 +132,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from edge_client.kernels.triton_gpu import _hadamard
 for number, kind in enumerate(("*i32", "*i16", "*i16")):
-    constants = {"seeds": 4096, "shift": 12, "groups": 4, "dtype": number}
+    constants = {"seeds": 4096, "shift": 12, "groups": 4, "dtype": number, "is_apart": False}
     types = {"base": kind, "starts": "*i64", "out": kind, "y": "*i32"}
     types |= dict.fromkeys(("length", "tiles", "tensor", "key_low", "key_high"), "i32")
     types |= dict.fromkeys(constants, "constexpr")

@@ -102,9 +102,14 @@ def rebuild_of(overlay: Overlay, memory: dict[str, torch.Tensor]) -> Callable[[]
 def copy_of(overlay: Overlay, memory: dict[str, torch.Tensor]) -> Callable[[], None]:
     """Write every base tensor to `memory`."""
 
+    from edge_client.bases import PlainBase
+
+    kept = {name: overlay._weights[name].base for name in memory}
+    bases = {name: base.flat for name, base in kept.items() if isinstance(base, PlainBase)}
+
     def copy() -> None:
-        for name, out in memory.items():
-            out.copy_(overlay._weights[name].base)
+        for name, base in bases.items():
+            memory[name].copy_(base)
 
     return copy
 
@@ -113,7 +118,8 @@ def memory_of(overlay: Overlay) -> dict[str, torch.Tensor]:
     """Memory for every tensor, all at once: flat, by name."""
     import torch
 
-    return {name: torch.empty_like(weights.base) for name, weights in overlay._weights.items()}
+    bases = {name: weights.base for name, weights in overlay._weights.items()}
+    return {name: torch.empty(base.elements, dtype=base.dtype) for name, base in bases.items()}
 
 
 def paper_rebuild(weights: list[torch.Tensor], seeds: int) -> None:

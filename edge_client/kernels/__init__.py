@@ -29,8 +29,9 @@ class Terms:
 
 
 class Kernel(Protocol):
-    """Weights of segments. Shapes: base (N,) in the run's dtype, a whole tensor, flat and row-major; starts (S,) int64,
-    where each segment begins in it; out (S, L) in base's dtype, contiguous, written. All on one device.
+    """Weights of segments. Shapes: base (N,) in the run's dtype, a whole tensor, flat and row-major, or (S, L), the
+    segments alone, contiguous, maybe `out` itself; starts (S,) int64, where each segment begins in the tensor;
+    out (S, L) in base's dtype, contiguous, written. All on one device.
 
     `tensor` is the number in the manifest, `pool_key` the run's u64.
     """

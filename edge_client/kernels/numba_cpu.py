@@ -134,22 +134,25 @@ def _add(base, at, amounts, skip, out, to, count):
 
 
 @njit(nogil=True)
-def _hadamard_groups(base, start, stop, out, to, bits, windows, words, groups, buffer, amounts):
-    """Weights start..stop, which lie in `groups` groups. `amounts` is `buffer` seen as float32."""
+def _hadamard_groups(base, lead, start, stop, out, to, bits, windows, words, groups, buffer, amounts):
+    """Weights start..stop, in `groups` groups; theirs is base[start + lead] on. `amounts` is `buffer` as float32."""
     first = start >> 7
     for group in range(groups):
         _flip(buffer, bits, windows[group], words, group)
         lower = max(start, (first + group) << 7)
         upper = min(stop, (first + group + 1) << 7)
         if upper - lower == 128:  # a constant trip count makes the better loop
-            _add(base, lower, amounts, 0, out, to + lower - start, 128)
+            _add(base, lower + lead, amounts, 0, out, to + lower - start, 128)
         else:
-            _add(base, lower, amounts, lower & 127, out, to + lower - start, upper - lower)
+            _add(base, lower + lead, amounts, lower & 127, out, to + lower - start, upper - lower)
 
 
 @njit(nogil=True, cache=True)
-def _hadamard_units(base, starts, length, out, bits, shift, tensor, key, unit, end):
-    """Units unit..end of work; a segment of `length` weights is cut into units of `_UNIT`."""
+def _hadamard_units(base, is_apart, starts, length, out, bits, shift, tensor, key, unit, end):
+    """Units unit..end of work; a segment of `length` weights is cut into units of `_UNIT`.
+
+    is_apart: base holds the segments alone, one after the other as `out` does.
+    """
     words = np.empty((4, _GROUPS), np.uint32)
     rotations = np.empty((4, _CHUNK // 256 + 2), np.uint32)
     windows = np.empty(_GROUPS, np.int64)
@@ -159,6 +162,7 @@ def _hadamard_units(base, starts, length, out, bits, shift, tensor, key, unit, e
     for number in range(unit, end):
         segment, piece = number // pieces, number % pieces
         begin = starts[segment]
+        lead = segment * length - begin if is_apart else 0
         for offset in range(piece * _UNIT, min(length, (piece + 1) * _UNIT), _CHUNK):
             start = begin + offset
             stop = min(begin + min(length, (piece + 1) * _UNIT), start + _CHUNK)
@@ -170,16 +174,15 @@ def _hadamard_units(base, starts, length, out, bits, shift, tensor, key, unit, e
                 element = (first + group) << 7  # may lie before `start`, never in an earlier block than its group
                 windows[group] = (rotations[0, (element >> shift) - block] + element) & ((1 << shift) - 1)
             _hadamard_groups(
-                base, start, stop, out, segment * length + offset, bits, windows, words, groups, buffer, amounts
+                base, lead, start, stop, out, segment * length + offset, bits, windows, words, groups, buffer, amounts
             )
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _hadamard_parallel(base, starts, length, out, bits, shift, tensor, key, units, tasks):
+def _hadamard_parallel(base, is_apart, starts, length, out, bits, shift, tensor, key, units, tasks):
     for task in prange(tasks):
-        _hadamard_units(
-            base, starts, length, out, bits, shift, tensor, key, units * task // tasks, units * (task + 1) // tasks
-        )
+        first, end = units * task // tasks, units * (task + 1) // tasks
+        _hadamard_units(base, is_apart, starts, length, out, bits, shift, tensor, key, first, end)
 
 
 @njit(nogil=True)
@@ -222,7 +225,7 @@ def _accumulate_all(sums, is_gaussian, tensor, key, seeds, amounts, table):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _sums_parallel(base, starts, length, out, sums, is_gaussian, tensor, key, seeds, amounts, table):
+def _sums_parallel(base, is_apart, starts, length, out, sums, is_gaussian, tensor, key, seeds, amounts, table):
     pieces = (length + _CHUNK - 1) // _CHUNK
     for number in prange(starts.size * pieces):
         words = np.empty((4, _CHUNK // 8 + 2), np.uint32)
@@ -232,7 +235,8 @@ def _sums_parallel(base, starts, length, out, sums, is_gaussian, tensor, key, se
         start = starts[segment] + offset
         total[:count] = sums[start : start + count]
         _accumulate(total, 0, start, start + count, is_gaussian, tensor, key, seeds, amounts, table, words)
-        _add(base, start, total, 0, out, segment * length + offset, count)
+        at = segment * length + offset if is_apart else start
+        _add(base, at, total, 0, out, segment * length + offset, count)
 
 
 def _stored(weights: Tensor) -> np.ndarray:
@@ -270,7 +274,7 @@ class NumbaKernel:
         bits = padded.numpy().view(np.uint32)
         shift = (bits.size - 128).bit_length() - 1
         key = np.uint64(pool_key)
-        work = (_stored(base), starts.numpy(), length, _stored(out), bits, shift, tensor, key)
+        work = (_stored(base), base.dim() == 2, starts.numpy(), length, _stored(out), bits, shift, tensor, key)
         if threads == 1:
             _hadamard_units(*work, 0, units)
         else:  # four tasks per thread: a thread that another program holds up does not hold up the rest
@@ -284,8 +288,8 @@ class NumbaKernel:
         _match_threads()
         seeds, amounts = _arrays(probe)
         _sums_parallel(
-            _stored(base), starts.numpy(), out.shape[1], _stored(out), sums.numpy(), kind == "gaussian", tensor,
-            np.uint64(pool_key), seeds, amounts, normal_quantiles(),
+            _stored(base), base.dim() == 2, starts.numpy(), out.shape[1], _stored(out), sums.numpy(),
+            kind == "gaussian", tensor, np.uint64(pool_key), seeds, amounts, normal_quantiles(),
         )  # fmt: skip
 
     def accumulate(self, sums: Tensor, *, tensor: int, kind: SumKind, pool_key: int, terms: Terms) -> None:

@@ -120,7 +120,8 @@ class TorchKernel:
         """See `edge_client.kernels.Kernel.add_hadamard`."""
         for rows, columns, begins in _pieces(starts, out.shape[1]):
             length = columns.stop - columns.start
-            _store(base, begins, _hadamard(begins, length, tensor, padded, pool_key), out[rows, columns])
+            amounts = _hadamard(begins, length, tensor, padded, pool_key)
+            _store(_part(base, rows, columns, begins), amounts, out[rows, columns])
 
     def add_sums(
         self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, sums: Tensor, kind: SumKind, pool_key: int,
@@ -132,7 +133,7 @@ class TorchKernel:
             amounts = _segments(sums, begins, length)
             if probe is not None:
                 amounts = _plus_terms(amounts, begins, tensor, kind, pool_key, probe)
-            _store(base, begins, amounts, out[rows, columns])
+            _store(_part(base, rows, columns, begins), amounts, out[rows, columns])
 
     def accumulate(self, sums: Tensor, *, tensor: int, kind: SumKind, pool_key: int, terms: Terms) -> None:
         """See `edge_client.kernels.Kernel.accumulate`."""
@@ -162,6 +163,10 @@ def _segments(flat: Tensor, starts: Tensor, length: int) -> Tensor:
     return flat[starts[:, None] + torch.arange(length, device=starts.device)]
 
 
-def _store(base: Tensor, starts: Tensor, amounts: Tensor, out: Tensor) -> None:
-    wide = _segments(base, starts, amounts.shape[1]).to(torch.float32)
-    out.copy_(_rounded(wide + amounts, out.dtype))
+def _part(base: Tensor, rows: slice, columns: slice, starts: Tensor) -> Tensor:
+    """The base weights of a piece of the output."""
+    return base[rows, columns] if base.dim() == 2 else _segments(base, starts, columns.stop - columns.start)
+
+
+def _store(base: Tensor, amounts: Tensor, out: Tensor) -> None:
+    out.copy_(_rounded(base.to(torch.float32) + amounts, out.dtype))

@@ -82,9 +82,11 @@ def _sum(stored, amount, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["tensor", "key_low", "key_high"])
 def _hadamard(
     base, starts, out, y, length, tiles, tensor, key_low, key_high,
-    seeds: tl.constexpr, shift: tl.constexpr, groups: tl.constexpr, dtype: tl.constexpr,
+    seeds: tl.constexpr, shift: tl.constexpr, groups: tl.constexpr, dtype: tl.constexpr, is_apart: tl.constexpr,
 ):  # fmt: skip
     """One tile. base, out: bits; y: float32 bits (seeds,); a segment of `length` weights is cut into `tiles`.
+
+    is_apart: base holds the segments alone, one after the other as `out` does.
 
     Numbers of weights take 64 bits, places within the tile 32, which are faster.
     """
@@ -104,9 +106,9 @@ def _hadamard(
     amount = (tl.load(y + bucket).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     lead = start - first  # below 0 in all tiles of a segment but its first
     mask = (within >= tl.maximum(lead, 0).to(tl.int32)) & (within < tl.minimum(lead + length, tile).to(tl.int32))
-    stored = tl.load(base + first + within, mask=mask, other=0)
-    place = out + (segment.to(tl.int64) * length - lead)
-    tl.store(place + within, _sum(stored, amount, dtype), mask=mask)
+    place = segment.to(tl.int64) * length - lead
+    stored = tl.load(base + (place if is_apart else first) + within, mask=mask, other=0)
+    tl.store(out + place + within, _sum(stored, amount, dtype), mask=mask)
 
 
 class TritonKernel(TorchKernel):
@@ -127,10 +129,9 @@ class TritonKernel(TorchKernel):
         bits = torch.int32 if out.element_size() == 4 else torch.int16
         arguments = (base.view(bits), starts, out.view(bits), padded.view(torch.int32), length, tiles)
         settings = {"seeds": seeds, "shift": seeds.bit_length() - 1, "groups": tile // _GROUP}
+        settings |= {"dtype": _DTYPES[out.dtype], "is_apart": base.dim() == 2}
         with torch.cuda.device_of(out):
-            _hadamard[(segments * tiles,)](
-                *arguments, tensor, _signed(pool_key), _signed(pool_key >> 32), **settings, dtype=_DTYPES[out.dtype]
-            )
+            _hadamard[(segments * tiles,)](*arguments, tensor, _signed(pool_key), _signed(pool_key >> 32), **settings)
 
 
 def _signed(number: int) -> int:
