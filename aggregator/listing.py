@@ -151,7 +151,7 @@ def _presence(seen: Seen | None) -> str:
 def _sent(traffic: Traffic | None) -> str:
     if traffic is None:
         return "-"
-    sent = traffic.socket_sent_bytes
+    sent = traffic.socket_sent_bytes if traffic.ip_sent_bytes is None else traffic.ip_sent_bytes
     return str(traffic.payload_sent_bytes if sent is None else sent)
 
 

@@ -6,7 +6,10 @@ from typing import Literal
 
 import msgspec
 
+from shared.transport import TrafficCount
+
 Outcome = Literal["combined", "no majority", "not finite"]
+Traffic = TrafficCount  # the aggregator's own bytes since the report before
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,15 +39,6 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self) -> float:
         """From the round's opening to its closing."""
         return (self.closed_at_ms - self.opened_at_ms) / 1000
-
-
-class Traffic(msgspec.Struct, frozen=True):
-    """The aggregator's own bytes since the report before. None: this platform cannot tell."""
-
-    payload_sent_bytes: int
-    payload_received_bytes: int
-    socket_sent_bytes: int | None
-    socket_received_bytes: int | None
 
 
 def round_line(report: RoundReport, rounds: int) -> str:

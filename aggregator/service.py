@@ -21,12 +21,12 @@ from aggregator.records import Command
 from aggregator.rounds import step
 from aggregator.state import State
 from aggregator.store import Store
-from aggregator.telling import Telling, traffic_between
+from aggregator.telling import Telling
 from shared.errors import PeerError, UnavailableError, UserError
 from shared.messages import Change, Receipt, Update
 from shared.refusals import Refusal
 from shared.topics import Topic, every_device, parse_topic
-from shared.transport import Connected, Delivered, Disconnected, Received, TrafficCount, Transport, Undelivered
+from shared.transport import Connected, Delivered, Disconnected, Received, Transport, Undelivered
 from shared.wire import decode, encode, kind_of
 
 MAX_BATCH = 512  # messages that share a transaction
@@ -84,7 +84,7 @@ class Service:
         self._intake = Intake(self._answers)
         self._attendance = Attendance()
         self._attendance_at_ms = 0
-        self._counted = TrafficCount(0, 0, 0, 0)
+        self._counted = transport.traffic()
         self._ignored = 0
 
     def serve(self, should_leave: Callable[[], bool], *, wait_for_broker_s: float) -> Ending:
@@ -258,7 +258,7 @@ class Service:
         keeps = [a for a in turn.actions if isinstance(a, (KeepUpdate, KeepVersion, KeepProgress, Note))]
         reports = [keep.report for keep in keeps if isinstance(keep, KeepVersion)]
         count = self._transport.traffic() if reports else self._counted
-        traffic = traffic_between(self._counted, count)
+        traffic = count.since(self._counted)
         if keeps or turn.commands:
             try:
                 done = [command.id for command in turn.commands]

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from aggregator.reports import RoundReport, Traffic, round_line
-from shared.transport import TrafficCount
 
 
 class Telling:
@@ -21,9 +20,8 @@ class Telling:
 
     def closed(self, report: RoundReport, rounds: int, traffic: Traffic, refused: Mapping[str, int]) -> None:
         """A round has closed. A metrics file that cannot be written is only a warning."""
-        sent = traffic.socket_sent_bytes if traffic.socket_sent_bytes is not None else traffic.payload_sent_bytes
         counts = "".join(f", refused {count} {name}" for name, count in refused.items())
-        self._log(f"{round_line(report, rounds)}, {sent} B sent{counts}")
+        self._log(f"{round_line(report, rounds)}, {traffic_text(traffic)}{counts}")
         if self._metrics is None:
             return
         record = {"run": self._run, **msgspec.to_builtins(report), "traffic": msgspec.to_builtins(traffic)}
@@ -34,15 +32,11 @@ class Telling:
             self._log(f"WARNING: cannot write {self._metrics}: {error.strerror}")
 
 
-def traffic_between(before: TrafficCount, now: TrafficCount) -> Traffic:
-    """What went over the wire between two counts."""
-
-    def less(a: int | None, b: int | None) -> int | None:
-        return None if a is None or b is None else a - b
-
-    return Traffic(
-        now.payload_sent_bytes - before.payload_sent_bytes,
-        now.payload_received_bytes - before.payload_received_bytes,
-        less(now.socket_sent_bytes, before.socket_sent_bytes),
-        less(now.socket_received_bytes, before.socket_received_bytes),
-    )
+def traffic_text(traffic: Traffic) -> str:
+    """What went over the aggregator's connection, in the layers that are known, for a line."""
+    parts = [f"payload {traffic.payload_sent_bytes} B sent, {traffic.payload_received_bytes} B received"]
+    if traffic.mqtt_sent_bytes is not None:
+        parts.append(f"MQTT {traffic.mqtt_sent_bytes} + {traffic.mqtt_received_bytes}")
+    if traffic.ip_sent_bytes is not None:
+        parts.append(f"TCP/IP with TLS {traffic.ip_sent_bytes} + {traffic.ip_received_bytes}")
+    return ", ".join(parts)

@@ -38,7 +38,7 @@ def status_line(status: Status) -> str:
         parts.append(f"loss {status.loss:.3f}")
     if status.memory_bytes is not None:
         parts.append(f"memory {byte_text(status.memory_bytes)}")
-    sent, received = status.traffic.socket_sent_bytes, status.traffic.socket_received_bytes
+    sent, received = status.traffic.ip_sent_bytes, status.traffic.ip_received_bytes
     if sent is None or received is None:  # this platform counts payloads alone
         sent, received = status.traffic.payload_sent_bytes, status.traffic.payload_received_bytes
     parts.append(f"up {byte_text(sent)}, down {byte_text(received)}")
@@ -117,7 +117,8 @@ def activity(state: State, report: Report | None) -> str:
         case Sending():
             return "waiting for the receipt"
         case Settled() | Waiting():
-            return "waiting for the next round"
+            is_over = state.plan.phase == "finished"
+            return "the run is finished; waiting for it to go on" if is_over else "waiting for the next round"
         case _:
             assert_never(state.work)
 

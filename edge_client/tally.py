@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgspec
 
 from shared.errors import UserError
 from shared.refusals import Refusal
-from shared.transport import TrafficCount
+from shared.transport import KindBytes, TrafficCount
 
 
 class RoundMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,8 +38,13 @@ class RoundMetrics(msgspec.Struct, frozen=True, kw_only=True):
     energy_j: float | None = None  # of the power source that `edge_client.watching.power` names
     payload_sent_bytes: int
     payload_received_bytes: int
-    socket_sent_bytes: int | None
+    socket_sent_bytes: int | None  # TCP payload: MQTT with TLS around it, each byte once
     socket_received_bytes: int | None
+    mqtt_sent_bytes: int | None = None
+    mqtt_received_bytes: int | None = None
+    ip_sent_bytes: int | None = None  # TCP/IP with TLS; None where the platform does not count it
+    ip_received_bytes: int | None = None
+    kinds: Mapping[str, KindBytes] = msgspec.field(default_factory=dict)  # payload and MQTT bytes by kind of packet
     ended_at_ms: int  # unix milliseconds
 
 
@@ -81,21 +87,11 @@ def round_line(metrics: RoundMetrics) -> str:
     if metrics.held_out_accuracy is not None:
         parts.append(f"accuracy {metrics.held_out_accuracy:.3f}")
     parts.append(f"payload {metrics.payload_sent_bytes} B up, {metrics.payload_received_bytes} B down")
+    if metrics.mqtt_sent_bytes is not None and metrics.mqtt_received_bytes is not None:
+        parts.append(f"MQTT {metrics.mqtt_sent_bytes} + {metrics.mqtt_received_bytes}")
+    if metrics.ip_sent_bytes is not None and metrics.ip_received_bytes is not None:
+        parts.append(f"TCP/IP with TLS {metrics.ip_sent_bytes} + {metrics.ip_received_bytes}")
     return ", ".join(parts)
-
-
-def traffic_between(before: TrafficCount, after: TrafficCount) -> TrafficCount:
-    """What went over the wire from one count to the next."""
-
-    def known(was: int | None, now: int | None) -> int | None:
-        return None if was is None or now is None else now - was
-
-    return TrafficCount(
-        after.payload_sent_bytes - before.payload_sent_bytes,
-        after.payload_received_bytes - before.payload_received_bytes,
-        known(before.socket_sent_bytes, after.socket_sent_bytes),
-        known(before.socket_received_bytes, after.socket_received_bytes),
-    )
 
 
 @dataclass
@@ -132,7 +128,7 @@ class Tally:
         energy_j: float | None = None,
     ) -> tuple[RoundMetrics, Tally]:
         """The line for the metrics file, and the next round's tally. energy_j: since the agent began, if known."""
-        spent = traffic_between(self.before, traffic)
+        spent = traffic.since(self.before)
         metrics = RoundMetrics(
             run=run,
             device=device,
@@ -153,6 +149,11 @@ class Tally:
             payload_received_bytes=spent.payload_received_bytes,
             socket_sent_bytes=spent.socket_sent_bytes,
             socket_received_bytes=spent.socket_received_bytes,
+            mqtt_sent_bytes=spent.mqtt_sent_bytes,
+            mqtt_received_bytes=spent.mqtt_received_bytes,
+            ip_sent_bytes=spent.ip_sent_bytes,
+            ip_received_bytes=spent.ip_received_bytes,
+            kinds=spent.kinds,
             ended_at_ms=unix_ms,
         )
         return metrics, Tally(traffic, energy_j)

@@ -10,10 +10,11 @@ import queue
 import random
 
 from shared.config import BrokerConfig
+from shared.counted_client import Meter
 from shared.mqtt_settings import Settings, tls_context
 from shared.mqtt_thread import NetworkThread
 from shared.outgoing import MOST_IN_FLIGHT, Publication
-from shared.paho_link import Meter, PahoLink
+from shared.paho_link import PahoLink
 from shared.reconnecting import MqttVersion, ReconnectPolicy
 from shared.transport import Disconnected, Event, Received, TrafficCount
 
@@ -94,13 +95,7 @@ class MqttTransport:
 
     def traffic(self) -> TrafficCount:
         """What went over the wire so far."""
-        meter, sockets = self._meter, self._meter.sockets.total()
-        return TrafficCount(
-            meter.payload_sent_bytes,
-            meter.payload_received_bytes,
-            sockets.sent_bytes if sockets else None,
-            sockets.received_bytes if sockets else None,
-        )
+        return self._meter.count()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, then disconnect cleanly."""

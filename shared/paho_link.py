@@ -1,4 +1,4 @@
-"""One MQTT connection through one paho client. The only module that knows paho.
+"""One MQTT connection through one paho client. With `counted_client`, the only module that knows paho.
 
 paho's own thread is not used: an exception in a callback kills it while `is_connected()` stays true (paho 2.2.0).
 `shared.mqtt_thread` runs this link through paho's interface for external loops, and every connection gets a new paho
@@ -21,11 +21,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from shared.counted_client import CountedClient, Meter
 from shared.mqtt_link import Accepted, Answered, Arrived, Cause, Ended, LinkEvent, Subscribed
 from shared.mqtt_settings import REFUSED_CREDENTIALS, Settings, explain_error, explain_refusal, explain_silence
 from shared.outgoing import Publication
 from shared.reconnecting import MqttVersion
-from shared.socket_bytes import SocketMeter
 from shared.transport import TAKEN_OVER
 
 # Longer than anything the protocol allows; the broker drops what is longer instead of sending it (MQTT 5).
@@ -34,15 +34,6 @@ LARGEST_PACKET_BYTES = 16 * 2**20
 MOST_UNACKNOWLEDGED = 100
 _QOS = 1
 _TAKEN_OVER = 0x8E
-
-
-class Meter:
-    """Bytes over all connections; written by the network thread, read by others."""
-
-    def __init__(self) -> None:
-        self.payload_sent_bytes = 0
-        self.payload_received_bytes = 0
-        self.sockets = SocketMeter()
 
 
 class PahoLink:
@@ -62,9 +53,10 @@ class PahoLink:
         self._answer_by_s = 0.0
         self._client = self._new_client()
 
-    def _new_client(self) -> Client:
+    def _new_client(self) -> CountedClient:
         settings = self._settings
-        client = Client(
+        client = CountedClient(
+            self._meter.packets,
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             protocol=MQTTProtocolVersion.MQTTv5 if self._is_v5 else MQTTProtocolVersion.MQTTv311,
@@ -86,7 +78,7 @@ class PahoLink:
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = self._on_subscribe
         client.on_socket_open = self._on_socket_open
-        client.on_socket_close = lambda _client, _data, sock: self._meter.sockets.closing(sock)
+        client.on_socket_close = self._on_socket_close
         # Being set, it keeps paho 2.2.0 from writing to the socket in the middle of publish() and ack().
         client.on_socket_register_write = lambda _client, _data, _sock: None
         return client
@@ -150,7 +142,6 @@ class PahoLink:
             return
         if sent.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:  # else the connection is gone, and Ended follows
             self._tokens[sent.mid] = publication.token
-            self._meter.payload_sent_bytes += len(publication.payload)
 
     def subscribe(self, topic_filter: str) -> None:
         """Send SUBSCRIBE."""
@@ -182,7 +173,7 @@ class PahoLink:
         """Close the socket without a word."""
         sock: Any = self._client.socket()
         if sock is not None:
-            self._meter.sockets.closing(sock)
+            self._meter.closing(sock)
             with contextlib.suppress(OSError):
                 sock.close()
         self._is_over = True
@@ -215,6 +206,12 @@ class PahoLink:
         # paho writes every packet by itself; with Nagle's algorithm 20 publications wait 40 ms for a delayed ACK.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._meter.sockets.opened(sock)
+        self._meter.packets.opened(is_v5=self._is_v5)
+
+    def _on_socket_close(self, _client: Client, _data: Any, sock: Any) -> None:
+        with contextlib.suppress(OSError):  # of a connection that is broken already
+            self._client.flush(sock)
+        self._meter.closing(sock)
 
     def _on_disconnect(
         self, _client: Client, _data: Any, flags: DisconnectFlags, code: ReasonCode, _properties: Properties | None
@@ -233,7 +230,6 @@ class PahoLink:
             self._end(cause, f"the broker ended the connection: {code.getName()}")
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
-        self._meter.payload_received_bytes += len(message.payload)
         packet_id = message.mid if message.qos else 0
         try:
             topic = message.topic

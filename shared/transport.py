@@ -7,8 +7,8 @@ everything that decides or computes runs on the thread that calls `poll`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
 from typing import Protocol, Union
 
 TAKEN_OVER = "another client connected with this client id and took over the session; two devices must not share an id"
@@ -46,6 +46,7 @@ class Delivered:
     """The broker took the publication `token`. Not end-to-end: only a receipt is."""
 
     token: int
+    took_s: float | None = field(compare=False, default=None)  # from the socket to the broker's answer
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,59 @@ Event = Union[Connected, Disconnected, Received, Delivered, Undelivered]
 
 
 @dataclass(frozen=True)
+class KindBytes:
+    """Whole MQTT packets of one kind, each way: how many, their payloads, all of them. TLS and TCP/IP not counted."""
+
+    sent_packets: int = 0
+    sent_payload_bytes: int = 0
+    sent_mqtt_bytes: int = 0
+    received_packets: int = 0
+    received_payload_bytes: int = 0
+    received_mqtt_bytes: int = 0
+
+    def __add__(self, other: KindBytes) -> KindBytes:
+        return KindBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: KindBytes) -> KindBytes:
+        return KindBytes(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
 class TrafficCount:
-    """Bytes since the transport was made, across reconnects. None: this platform cannot tell."""
+    """Bytes since the transport was made, across reconnects, in layers that contain each other.
+
+    None: this platform, or this transport, cannot tell. `kinds`: MQTT packets by kind, those of `shared.topics` and
+    MQTT's own in lower case ("puback"); their sums are the payload and MQTT layers.
+    """
 
     payload_sent_bytes: int
     payload_received_bytes: int
-    socket_sent_bytes: int | None  # TCP payload, so MQTT and TLS included
+    socket_sent_bytes: int | None  # TCP payload, each byte once: MQTT with TLS around it
     socket_received_bytes: int | None
+    mqtt_sent_bytes: int | None = None
+    mqtt_received_bytes: int | None = None
+    ip_sent_bytes: int | None = None  # TCP/IP with TLS: headers, handshakes and retransmissions too
+    ip_received_bytes: int | None = None
+    kinds: Mapping[str, KindBytes] = field(default_factory=dict)
+
+    def since(self, before: TrafficCount) -> TrafficCount:
+        """What went over the wire from `before` until this count; kinds that did not are left out."""
+
+        def known(now: int | None, was: int | None) -> int | None:
+            return None if now is None or was is None else now - was
+
+        kinds = {name: count - before.kinds.get(name, KindBytes()) for name, count in self.kinds.items()}
+        return TrafficCount(
+            self.payload_sent_bytes - before.payload_sent_bytes,
+            self.payload_received_bytes - before.payload_received_bytes,
+            known(self.socket_sent_bytes, before.socket_sent_bytes),
+            known(self.socket_received_bytes, before.socket_received_bytes),
+            known(self.mqtt_sent_bytes, before.mqtt_sent_bytes),
+            known(self.mqtt_received_bytes, before.mqtt_received_bytes),
+            known(self.ip_sent_bytes, before.ip_sent_bytes),
+            known(self.ip_received_bytes, before.ip_received_bytes),
+            {name: count for name, count in kinds.items() if count != KindBytes()},
+        )
 
 
 class Transport(Protocol):

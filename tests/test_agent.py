@@ -16,7 +16,7 @@ from edge_client.events import Rebuilt
 from edge_client.jobs import HeldOutReport, Job, Report, StepReport
 from edge_client.progress import Screen, Status, activity, byte_text, status_line
 from edge_client.state import Limits, Link, State, Training
-from edge_client.tally import MetricsFile, Tally, round_line, traffic_between
+from edge_client.tally import MetricsFile, Tally, round_line
 from shared.errors import UserError
 from shared.messages import Plan, Presence, Receipt, Run
 from shared.refusals import Refusal
@@ -332,7 +332,7 @@ def test_no_live_line_where_there_is_no_terminal():
 
 
 def test_live_line_shows_run_round_step_loss_memory_and_bytes():
-    count = TrafficCount(100, 200, 1234, 56789)
+    count = TrafficCount(100, 200, 1, 2, 3, 4, 1234, 56789)
     status = Status("demo", 3, "step 4/20", 2.34567, 812_000_000, count)
     assert status_line(status) == "demo | round 3 | step 4/20 | loss 2.346 | memory 812 MB | up 1.2 kB, down 56.8 kB"
     bare = Status("demo", None, "waiting for a plan", None, None, TrafficCount(100, 200, None, None))
@@ -379,10 +379,6 @@ def test_work_on_an_older_version_does_not_count_in_a_round():
     assert (metrics.steps, metrics.train_loss, metrics.version) == (0, None, 4)
     assert metrics.socket_sent_bytes is None
     assert round_line(metrics) == "round 4 over: no receipt, 0 steps, payload 5 B up, 6 B down"
-
-
-def test_traffic_of_a_round_is_the_difference_of_two_counts():
-    assert traffic_between(TrafficCount(1, 2, 3, 4), TrafficCount(11, 22, 33, 44)) == TrafficCount(10, 20, 30, 40)
 
 
 def test_rebuild_happens_once_per_round(tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shared.socket_bytes import SocketBytes, _parse, read_socket_bytes
+from shared.socket_bytes import SocketBytes, parse_tcp_info, read_socket_bytes
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_INFO is Linux'")
 
@@ -40,20 +40,42 @@ def test_socket_that_cannot_tell_gives_none() -> None:
     assert read_socket_bytes(object()) is None
 
 
-def tcp_info(length: int) -> bytes:
+TIMESTAMPS, SACK, WINDOW_SCALE = 1, 2, 4
+
+
+def tcp_info(length: int, options: int = TIMESTAMPS | SACK | WINDOW_SCALE) -> bytes:
     info = bytearray(512)
+    info[5] = options
     struct.pack_into("=QQII", info, 120, 1001, 77, 5, 6)
     struct.pack_into("=QQ", info, 200, 1300, 300)
     return bytes(info[:length])
 
 
+def test_retransmissions_are_on_the_wire_but_no_new_payload() -> None:
+    expected = SocketBytes(1000, 77, 5, 6, 1300 + 5 * 52 + 8, 77 + 6 * 52 + 8)
+    assert parse_tcp_info(tcp_info(232), is_ipv6=False) == expected
+
+
 def test_old_kernels_lack_the_later_fields() -> None:
-    assert _parse(tcp_info(232)) == SocketBytes(1000, 77, 5, 6)
-    assert _parse(tcp_info(192)) == SocketBytes(1000, 77, 5, 6)
-    assert _parse(tcp_info(104)) is None
+    assert parse_tcp_info(tcp_info(192), is_ipv6=False) == SocketBytes(1000, 77, 5, 6, 1000 + 268, 77 + 320)
+    assert parse_tcp_info(tcp_info(104), is_ipv6=False) is None
 
 
-def test_headers_count_at_the_ip_layer() -> None:
-    counts = SocketBytes(1000, 77, 5, 6) + SocketBytes(10, 20, 1, 1)
-    assert counts.ip_bytes() == (1010 + 6 * 52, 97 + 7 * 52)
-    assert counts.ip_bytes(is_ipv6=True) == (1010 + 6 * 72, 97 + 7 * 72)
+@pytest.mark.parametrize(
+    ("options", "is_ipv6", "header", "syn"),
+    [
+        (TIMESTAMPS | SACK | WINDOW_SCALE, False, 52, 60),
+        (TIMESTAMPS | SACK | WINDOW_SCALE, True, 72, 80),
+        (SACK | WINDOW_SCALE, False, 40, 52),
+        (0, False, 40, 44),
+    ],
+)
+def test_headers_follow_the_options_of_the_connection(options: int, is_ipv6: bool, header: int, syn: int) -> None:
+    counts = parse_tcp_info(tcp_info(232, options), is_ipv6=is_ipv6)
+    assert counts is not None
+    assert counts.ip_sent_bytes == 1300 + syn + 4 * header
+    assert counts.ip_received_bytes == 77 + syn + 5 * header
+
+
+def test_counts_of_connections_add_up() -> None:
+    assert SocketBytes(1, 2, 3, 4, 5, 6) + SocketBytes(10, 20, 30, 40, 50, 60) == SocketBytes(11, 22, 33, 44, 55, 66)
