@@ -114,12 +114,14 @@ class BareWeights:
         """`scratch`: of the base's dtype and device, shared by the whole model."""
         self.name = name
         self.base = base
+        self.sides = 1
         self._scratch = scratch
 
-    def fill(self, starts: Tensor, out: Tensor) -> None:
+    def fill(self, starts: Tensor, *outs: Tensor) -> None:
         """See `edge_client.placeholders.Weights`."""
         with torch.no_grad():
-            self.base.read(starts, out)
+            for out in outs:
+                self.base.read(starts, out)
 
     def scratch(self, slot: int, elements: int) -> Tensor:
         """See `edge_client.placeholders.Weights`."""

@@ -9,7 +9,7 @@ are private to the device and end with the round.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Union
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from shared.manifest import Manifest
 from shared.messages import DirectionKind
 
 Floats = NDArray[np.float32]
+Position = Union[Tensor, Terms]  # of a probe, as its kind of displacement keeps it
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Displacement(Protocol):
     def follow(self, coefficients: Floats, k: int, delta: np.float32) -> None:
         """Follow one local step: `coefficients` are those after `delta` was added to the k-th."""
 
-    def start_probe(self, k: int, step: np.float32) -> None:
-        """From here on, `fill` adds step * z_k as well."""
+    def along(self, k: int, step: np.float32) -> Position:
+        """The position of a probe: what the coefficients give, and step * z_k more."""
 
-    def end_probe(self) -> None:
-        """From here on, `fill` adds the coefficients' part alone."""
+    def move(self, to: Position | None) -> None:
+        """From here on, `fill` gives the weights at that position; None: at the coefficients' own."""
 
     def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
         """out = the weights of segments of tensor number `tensor` (shapes: `edge_client.kernels.Kernel`)."""
@@ -72,15 +73,16 @@ class HadamardOffsets:
         """See Displacement."""
         self.rebuild(coefficients)
 
-    def start_probe(self, k: int, step: np.float32) -> None:
+    def along(self, k: int, step: np.float32) -> Position:
         """See Displacement."""
         if self._row is None or self._row[0] != k:
             self._row = (k, hadamard_row(k, self._y.size))
-        self._used = self._padded(self._y + step * self._row[1])
+        return self._padded(self._y + step * self._row[1])
 
-    def end_probe(self) -> None:
+    def move(self, to: Position | None) -> None:
         """See Displacement."""
-        self._used = self._settled
+        assert not isinstance(to, Terms)
+        self._used = self._settled if to is None else to
 
     def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
         """See Displacement."""
@@ -113,13 +115,14 @@ class Sums:
         """See Displacement."""
         self._accumulate(_term(k, delta))
 
-    def start_probe(self, k: int, step: np.float32) -> None:
+    def along(self, k: int, step: np.float32) -> Position:
         """See Displacement."""
-        self._probe = _term(k, step)
+        return _term(k, step)
 
-    def end_probe(self) -> None:
+    def move(self, to: Position | None) -> None:
         """See Displacement."""
-        self._probe = None
+        assert not isinstance(to, Tensor)
+        self._probe = to
 
     def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
         """See Displacement."""

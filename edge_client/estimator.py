@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Union
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edge_client.data.batches import Batch
 from edge_client.overlay import Overlay
+from edge_client.pairs import Diverged, halves
 from shared.errors import UserError
 from shared.messages import Plan, ScalarFormat
 from shared.seeds import draw
 from shared.steprule import advance, start
 from shared.wire import scalars_as_sent
 
-BatchLoss = Callable[[Batch], float]
+Loss = Union[float, Tensor]  # a tensor of one element; a pair of them where both probes run together
+BatchLoss = Callable[[Batch], Loss]
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,16 @@ class LocalStep:
     loss: float  # nats per token
 
 
-def two_point(loss: Callable[[], float], overlay: Overlay, k: int, eps: float, scalar_format: ScalarFormat) -> Probe:
+def two_point(loss: Callable[[], Loss], overlay: Overlay, k: int, eps: float, scalar_format: ScalarFormat) -> Probe:
     """Measure `loss`, nats per token of the model under `overlay`, on both sides along direction k.
 
     eps: distance in weight units, rounded to float32 for the probe. The scalar is as the aggregator will read it.
+    Where the overlay is paired, one pass measures both, with the same bits as two would. A model whose halves part
+    ways is measured in two passes, from then on always: what parts it once parts it again.
     Raises UserError where a loss is not finite; the overlay is as before in any case.
     """
     with torch.inference_mode():
-        with overlay.probe(k, np.float32(eps)):
-            plus = float(loss())
-        with overlay.probe(k, np.float32(-eps)):
-            minus = float(loss())
+        plus, minus = _losses(loss, overlay, k, np.float32(eps))
     if not (math.isfinite(plus) and math.isfinite(minus)):
         raise UserError(
             f"the loss is {plus} at +eps and {minus} at -eps along direction {k}; both must be finite. "
@@ -66,6 +69,20 @@ def two_point(loss: Callable[[], float], overlay: Overlay, k: int, eps: float, s
         )
     scalar = scalars_as_sent([(plus - minus) / (2.0 * eps)], scalar_format)[0]
     return Probe(plus, minus, scalar)
+
+
+def _losses(loss: Callable[[], Loss], overlay: Overlay, k: int, eps: np.float32) -> tuple[float, float]:
+    if overlay.is_paired:
+        try:
+            with overlay.both_probes(k, eps):
+                plus, minus = halves(loss())
+                return float(plus), float(minus)
+        except Diverged:
+            overlay.is_paired = False
+    with overlay.probe(k, eps):
+        plus = float(loss())
+    with overlay.probe(k, -eps):
+        return plus, float(loss())
 
 
 def local_steps(

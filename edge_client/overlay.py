@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_client.bases import Scratch
-from edge_client.displacements import Displacement, Placement, displacement
+from edge_client.bases import PlainBase, Scratch
+from edge_client.displacements import Displacement, Placement, Position, displacement
 from edge_client.kernels import Kernel, choose
 from edge_client.placeholders import Placeholder
 from edge_client.tuned import DTYPE_NAMES, Tuned, select
@@ -30,20 +31,42 @@ Floats = NDArray[np.float32]
 _DIGEST_CHUNK = 1 << 22  # weights at a time
 
 
+@dataclass
+class _Probes:
+    """The positions at which weights are wanted together; none: at the displacement's own."""
+
+    together: tuple[Position, ...] = ()
+
+
 class BaseWeights:
     """One tuned tensor: its base, its number in the manifest, and how its weights come about."""
 
-    def __init__(self, tuned: Tuned, number: int, scratch: Scratch, added: Displacement) -> None:
+    def __init__(self, tuned: Tuned, number: int, scratch: Scratch, added: Displacement, probes: _Probes) -> None:
         self.name = tuned.name
         self.shape = tuned.weight.shape
         self.base = tuned.base
         self._scratch = scratch
+        self._added = added
         self._add = partial(added.fill, tensor=number)
+        self._probes = probes
 
-    def fill(self, starts: Tensor, out: Tensor) -> None:
+    @property
+    def sides(self) -> int:
         """See `edge_client.placeholders.Weights`."""
+        return len(self._probes.together) or 1
+
+    def fill(self, starts: Tensor, *outs: Tensor) -> None:
+        """See `edge_client.placeholders.Weights`. Of several sides the base is read once."""
         with torch.no_grad():
-            self.base.fill(self._add, starts, out)
+            if len(outs) == 1:
+                self.base.fill(self._add, starts, outs[0])
+                return
+            base = outs[-1]  # the last side is added in place
+            self.base.read(starts, base)
+            for position, out in zip(self._probes.together, outs, strict=True):
+                self._added.move(position)
+                self._add(base, starts, out)
+            self._added.move(None)
 
     def scratch(self, slot: int, elements: int) -> Tensor:
         """See `edge_client.placeholders.Weights`."""
@@ -77,11 +100,14 @@ class Overlay:
         self._coefficients: Floats = np.zeros(seeds, dtype=np.float32)
         self._added = displacement(directions, placement, seeds, self.manifest)
         self._scratch = Scratch(selection.dtype, selection.device)
+        self._probes = _Probes()
         self._tensors = selection.tensors
         self._weights = {
-            tuned.name: BaseWeights(tuned, number, self._scratch, self._added)
+            tuned.name: BaseWeights(tuned, number, self._scratch, self._added, self._probes)
             for number, tuned in enumerate(selection.tensors)
         }
+        # What is read from a disk or unpacked is worth reading once for both probes of a step.
+        self.is_paired = any(not isinstance(weights.base, PlainBase) for weights in self._weights.values())
         self._is_probing = False
         self._is_attached = True
         self._attach()
@@ -120,13 +146,30 @@ class Overlay:
         """While the context lasts the model's weights lie `step` further along direction k."""
         self._check_idle()
         self._check_seed(k)
-        self._added.start_probe(k, np.float32(step))
+        self._added.move(self._added.along(k, np.float32(step)))
         self._is_probing = True
         try:
             yield
         finally:
             self._is_probing = False
-            self._added.end_probe()
+            self._added.move(None)
+
+    @contextmanager
+    def both_probes(self, k: int, step: float | np.float32) -> Iterator[None]:
+        """While the context lasts the model computes with the weights of both probes, as `edge_client.pairs.Pair`.
+
+        Each weight's base is read once for both. The model's code may raise `edge_client.pairs.Diverged`.
+        """
+        self._check_idle()
+        self._check_seed(k)
+        self._probes.together = (self._added.along(k, np.float32(step)), self._added.along(k, np.float32(-step)))
+        self._is_probing = True
+        try:
+            yield
+        finally:
+            self._is_probing = False
+            self._probes.together = ()
+            self._added.move(None)
 
     def materialise(self, name: str) -> Tensor:
         """The weights of one tensor of the manifest, in memory of their own and in its shape."""

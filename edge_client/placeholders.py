@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from edge_client.pairs import Pair, same
 from shared.errors import UserError
 
 
@@ -26,8 +27,12 @@ class Weights(Protocol):
 
     name: str
 
-    def fill(self, starts: Tensor, out: Tensor) -> None:
-        """out (S, L) = the weights of segments that start at the flat indices starts (S,)."""
+    @property
+    def sides(self) -> int:
+        """How many models the weights are wanted of at once: 2 while both probes of a step run together, else 1."""
+
+    def fill(self, starts: Tensor, *outs: Tensor) -> None:
+        """outs, one for each side, (S, L) = the weights of segments that start at the flat indices starts (S,)."""
 
     def scratch(self, slot: int, elements: int) -> Tensor:
         """Flat memory of the weights' dtype that stays valid until the same slot is asked for again."""
@@ -58,31 +63,33 @@ class Placeholder(Tensor):
         """A placeholder for the `shape` elements from `offset` on, counted in this one."""
         return Placeholder(self.weights, self.offset + offset, shape, self.dtype, self.device)
 
-    def into(self, memory: Tensor) -> Tensor:
-        """The weights, written to `memory` (flat, of as many elements) and viewed in shape."""
-        start = torch.tensor([self.offset], device=memory.device)
-        self.weights.fill(start, memory.view(1, -1))
-        return memory.view(self.shape)
+    def into(self, *memory: Tensor) -> Tensor:
+        """The weights, written to `memory` (flat, of as many elements, one for each side) and viewed in shape."""
+        start = torch.tensor([self.offset], device=self.device)
+        self.weights.fill(start, *(out.view(1, -1) for out in memory))
+        return _of_sides([out.view(self.shape) for out in memory])
 
     def in_scratch(self, slot: int) -> Tensor:
         """The weights in scratch memory."""
-        return self.into(self.weights.scratch(slot, self.numel()))
+        sides = self.weights.sides
+        return self.into(*(self.weights.scratch(sides * slot + side, self.numel()) for side in range(sides)))
 
     def in_fresh(self) -> Tensor:
         """The weights in memory of their own."""
-        return self.into(self.weights.fresh(self.numel()))
+        return self.into(*(self.weights.fresh(self.numel()) for _ in range(self.weights.sides)))
 
     def rows(self, index: Tensor) -> Tensor:
         """self[index] for int64 indices of any shape, in memory of its own: only those rows are computed."""
         size = self.shape[1:].numel()
+        index = same(index)
         flat = index.reshape(-1).to(torch.int64)
         # On other devices the kernel's own indexing checks; asking there would wait for the device.
         if flat.is_cpu and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(f"index out of range in {self.weights.name}: it has {len(self)} rows")
-        out = self.weights.fresh(flat.numel() * size)
-        if out.numel():
-            self.weights.fill(self.offset + flat * size, out.view(-1, size))
-        return out.view(*index.shape, *self.shape[1:])
+        outs = [self.weights.fresh(flat.numel() * size) for _ in range(self.weights.sides)]
+        if outs[0].numel():
+            self.weights.fill(self.offset + flat * size, *(out.view(-1, size) for out in outs))
+        return _of_sides([out.view(*index.shape, *self.shape[1:]) for out in outs])
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its name and shape."""
@@ -119,6 +126,10 @@ class Placeholder(Tensor):
                 *tree_map_only(Placeholder, Placeholder.in_fresh, args),
                 **tree_map_only(Placeholder, Placeholder.in_fresh, kwargs),
             )
+
+
+def _of_sides(values: list[Tensor]) -> Tensor:
+    return Pair(*values) if len(values) == 2 else values[0]
 
 
 def _placeholders(values: Any) -> Iterator[Placeholder]:
@@ -184,6 +195,8 @@ def _item(func: Any, args: Any, kwargs: Any) -> Any:
     weight, index = args
     if not isinstance(weight, Placeholder) or weight.dim() < 2:
         return NotImplemented
+    if isinstance(index, Tensor):
+        index = same(index)
     if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype not in (torch.bool, torch.uint8):
         if index.dim():
             # Negative indices count from the end, as in torch.

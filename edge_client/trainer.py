@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Generator
 
 import torch
+from torch import Tensor
 
 from edge_client.config import KernelConfig, ModelConfig
 from edge_client.data.batches import Batch, batch_for_step, collate
@@ -147,8 +148,8 @@ class ModelTrainer:
             )
             return collate(rows, self._task.padding).to(self._loaded.device)
 
-        def loss(batch: Batch) -> float:
-            return float(labelled_loss(self._loaded.model, batch, self._portions.at_once))
+        def loss(batch: Batch) -> Tensor:
+            return labelled_loss(self._loaded.model, batch, self._portions.at_once)
 
         def attempt(measure: Callable[[], Probe]) -> Probe:
             return self._portions.attempt(measure, min(plan.batch_size, len(self._task.train)))

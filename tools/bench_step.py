@@ -128,7 +128,7 @@ def step_of(model: PreTrainedModel, overlay: Overlay, batch: Batch) -> Callable[
 
     def step() -> None:
         k = next(seeds)
-        two_point(lambda: float(labelled_loss(model, batch)), overlay, k, EPS, "f32")
+        two_point(lambda: labelled_loss(model, batch), overlay, k, EPS, "f32")
         overlay.nudge(k, DELTA)
 
     return step
