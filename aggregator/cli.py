@@ -197,6 +197,42 @@ def broker_config(
     typer.echo(write_broker_config(BrokerFiles(output, tuple(runs or ()), users, cert, key, port, data)))
 
 
+System = Annotated[bool, typer.Option("--system", help="A service of the machine, not of this user; needs root.")]
+ServiceName = Annotated[str | None, typer.Option("--name", help="Of the service [kseed-aggregator-RUN].")]
+Force = Annotated[bool, typer.Option("--force", help="Even where somebody changed the unit.")]
+
+
+@app.command("install-service")
+def install_service(
+    run: Annotated[str, typer.Argument(help="The run to serve.")],
+    config: Annotated[Path, typer.Option(help="TOML file with all that `serve` needs.")],
+    system: System = False,
+    user: Annotated[str | None, typer.Option(help="With --system: the login it runs under [kseed].")] = None,
+    name: ServiceName = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Show the unit; write nothing.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a systemd unit that serves a run, and say how to start it."""
+    from aggregator.installing import aggregator_service
+    from shared.service_unit import install
+
+    service = aggregator_service(run, name or f"kseed-aggregator-{run}", config, is_system=system, user=user)
+    typer.echo(service.text() if only_print else install(service, os.environ, force=force), nl=not only_print)
+
+
+@app.command("uninstall-service")
+def uninstall_service(
+    run: Annotated[str, typer.Argument(help="The run that it serves.")],
+    system: System = False,
+    name: ServiceName = None,
+    force: Force = False,
+) -> None:
+    """Remove what install-service wrote."""
+    from shared.service_unit import uninstall
+
+    typer.echo(uninstall(name or f"kseed-aggregator-{run}", system, os.environ, force=force))
+
+
 def main() -> None:
     """The console script."""
     try:

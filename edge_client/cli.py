@@ -94,6 +94,36 @@ def join(
     typer.echo(ending.text)
 
 
+System = Annotated[bool, typer.Option("--system", help="A service of the machine, not of this user; needs root.")]
+ServiceName = Annotated[str, typer.Option("--name", help="Of the service; more than one run needs more than one.")]
+Force = Annotated[bool, typer.Option("--force", help="Even where somebody changed the unit.")]
+
+
+@app.command("install-service")
+def install_service(
+    config: Annotated[Path, typer.Option(help="TOML file with all that `up` needs.")],
+    system: System = False,
+    user: Annotated[str | None, typer.Option(help="With --system: the login it runs under [kseed].")] = None,
+    name: ServiceName = "kseed-edge",
+    only_print: Annotated[bool, typer.Option("--print", help="Show the unit; write nothing.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a systemd unit that runs `kseed-edge up`, and say how to start it."""
+    from edge_client.installing import agent_service
+    from shared.service_unit import install
+
+    service = agent_service(name, config, is_system=system, user=user)
+    typer.echo(service.text() if only_print else install(service, os.environ, force=force), nl=not only_print)
+
+
+@app.command("uninstall-service")
+def uninstall_service(system: System = False, name: ServiceName = "kseed-edge", force: Force = False) -> None:
+    """Remove what install-service wrote."""
+    from shared.service_unit import uninstall
+
+    typer.echo(uninstall(name, system, os.environ, force=force))
+
+
 _SETTINGS = {
     "data": "data.source",
     "shape": "data.shape",
