@@ -12,15 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edge_client.kernels import Kernel, Packed
+
 
 class Add(Protocol):
     """The displacement of one tensor (`edge_client.displacements.Displacement.fill` with the tensor's number)."""
 
-    def __call__(self, base: Tensor, starts: Tensor, out: Tensor) -> None:
+    def __call__(self, base: Tensor | Packed, starts: Tensor, out: Tensor) -> None:
         """out (S, L) = base + displacement of the segments that begin at starts (S,) of the tensor.
 
-        base: the whole tensor, flat (N,), or the base weights of these segments alone, (S, L), which may be `out`
-        itself. All of the run's dtype, on one device, out contiguous (`edge_client.kernels.Kernel`).
+        base: the whole tensor, flat (N,) or packed, or the base weights of these segments alone, (S, L), which may be
+        `out` itself. All of the run's dtype, on one device, out contiguous (`edge_client.kernels.Kernel`).
         """
 
 
@@ -78,6 +80,30 @@ class PlainBase:
             out.copy_(self.flat[begin : begin + out.shape[1]].view(1, -1))
         else:
             out.copy_(self.flat[starts[:, None] + torch.arange(out.shape[1], device=starts.device)])
+
+
+class PackedBase:
+    """A base that stays packed; a pass that adds to it unpacks as it goes."""
+
+    def __init__(self, packed: Packed, elements: int, dtype: torch.dtype, kernel: Kernel) -> None:
+        """`dtype`: the run's. `kernel`: what unpacks where nothing is added."""
+        self.packed = packed
+        self.elements = elements
+        self.dtype = dtype
+        self._kernel = kernel
+
+    @property
+    def device(self) -> torch.device:
+        """See Base."""
+        return self.packed.codes.device
+
+    def fill(self, add: Add, starts: Tensor, out: Tensor) -> None:
+        """See Base: one pass over memory."""
+        add(self.packed, starts, out)
+
+    def read(self, starts: Tensor, out: Tensor) -> None:
+        """See Base."""
+        self._kernel.unpack(self.packed, starts, out)
 
 
 class Scratch:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_client.kernels import PADDING, Kernel, SumKind, Terms
+from edge_client.kernels import PADDING, Kernel, Packed, SumKind, Terms
 from shared.directions import hadamard_row, offsets
 from shared.manifest import Manifest
 from shared.messages import DirectionKind
@@ -49,7 +49,7 @@ class Displacement(Protocol):
     def move(self, to: Position | None) -> None:
         """From here on, `fill` gives the weights at that position; None: at the coefficients' own."""
 
-    def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
+    def fill(self, base: Tensor | Packed, starts: Tensor, out: Tensor, tensor: int) -> None:
         """out = the weights of segments of tensor number `tensor` (shapes: `edge_client.kernels.Kernel`)."""
 
 
@@ -84,7 +84,7 @@ class HadamardOffsets:
         assert not isinstance(to, Terms)
         self._used = self._settled if to is None else to
 
-    def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
+    def fill(self, base: Tensor | Packed, starts: Tensor, out: Tensor, tensor: int) -> None:
         """See Displacement."""
         where = self._placement
         where.kernel.add_hadamard(base, starts, out, tensor=tensor, padded=self._used, pool_key=where.pool_key)
@@ -124,9 +124,12 @@ class Sums:
         assert not isinstance(to, Tensor)
         self._probe = to
 
-    def fill(self, base: Tensor, starts: Tensor, out: Tensor, tensor: int) -> None:
+    def fill(self, base: Tensor | Packed, starts: Tensor, out: Tensor, tensor: int) -> None:
         """See Displacement."""
         where = self._placement
+        if isinstance(base, Packed):
+            where.kernel.unpack(base, starts, out)
+            base = out
         where.kernel.add_sums(
             base, starts, out, tensor=tensor, sums=self._sums[tensor], kind=self._kind, pool_key=where.pool_key,
             probe=self._probe,

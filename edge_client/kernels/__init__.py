@@ -20,6 +20,20 @@ SumKind = Literal["rademacher", "gaussian"]
 PADDING = 128  # of y: as many neighbours read a window of it that must not wrap
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One tensor's base weights as bitsandbytes packs them (`shared.packed` says what they stand for), on one device.
+
+    4 bit: codes uint8 (N + 1 div 2,), table float32 (16,). 8 bit: codes int8 (N,), no table. scales: float32, one for
+    every `block` weights, of which the last block may have fewer.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: int
+    table: Tensor | None
+
+
 @dataclass(frozen=True)
 class Terms:
     """What is added up: amounts[j] * z of seeds[j], in order. int64 (n,) and float32 (n,), on the CPU."""
@@ -31,7 +45,7 @@ class Terms:
 class Kernel(Protocol):
     """Weights of segments. Shapes: base (N,) in the run's dtype, a whole tensor, flat and row-major, or (S, L), the
     segments alone, contiguous, maybe `out` itself; starts (S,) int64, where each segment begins in the tensor;
-    out (S, L) in base's dtype, contiguous, written. All on one device.
+    out (S, L) in the run's dtype, contiguous, written. All on one device.
 
     `tensor` is the number in the manifest, `pool_key` the run's u64.
     """
@@ -39,9 +53,12 @@ class Kernel(Protocol):
     name: str
 
     def add_hadamard(
-        self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
+        self, base: Tensor | Packed, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
     ) -> None:
         """out = base + s * y[b]. padded: float32 (K + 128,), y followed by its first 128 (`PADDING`)."""
+
+    def unpack(self, base: Packed, starts: Tensor, out: Tensor) -> None:
+        """out = the base weights of the segments, rounded to out's dtype."""
 
     def add_sums(
         self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, sums: Tensor, kind: SumKind, pool_key: int,

@@ -9,31 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange, uint16, uint32, uint64
-from numba.extending import overload
+from numba import njit, prange, uint64
 from torch import Tensor
 
 from edge_client.kernels.bucket_sums import PART
-from edge_client.kernels.numba_cpu import _CHUNK, _GROUPS, _flip, _float, _from_half, _match_threads, _philox, _stored
+from edge_client.kernels.numba_bits import widened
+from edge_client.kernels.numba_cpu import _CHUNK, _GROUPS, _flip, _match_threads, _philox, _stored
 from shared.directions import BUCKET_STREAM, SIGN_STREAM
 
 
-def _wide(stored):
-    """A stored number as float32; numba picks by the storage's type."""
-
-
-@overload(_wide)
-def _overload_wide(stored):
-    if stored.bitwidth == 32:
-        return lambda stored: stored
-    if stored.signed:
-        return lambda stored: _from_half(uint32(uint16(stored)))
-    return lambda stored: _float(uint32(uint32(stored) << uint32(16)))
-
-
 @njit(nogil=True)
-def _add_group(values, bits, buffer, signed, words, group, sums, window):
-    """sums[(window + i) mod K] += the sign's 128 values. `bits` is `values`, `signed` is `buffer`, in the other type."""
+def _add_group(bits, buffer, signed, words, group, sums, window):
+    """sums[(window + i) mod K] += 128 signed values. `signed` is `buffer` as float32."""
     _flip(buffer, bits, 0, words, group)
     first = uint64(min(128, sums.size - window))
     at = uint64(window)
@@ -60,8 +47,8 @@ def _add_segment(grads, place, start, stop, sums, shift, tensor, key, words, rot
             values[:] = 0.0  # adding it changes nothing
         at, skip = uint64(place + lower - start), uint64(lower - element)
         for i in range(uint64(upper - lower)):
-            values[skip + i] = _wide(grads[at + i])
-        _add_group(values, values.view(np.uint32), buffer, buffer.view(np.float32), words, group, sums, window)
+            values[skip + i] = widened(grads[at + i])
+        _add_group(values.view(np.uint32), buffer, buffer.view(np.float32), words, group, sums, window)
 
 
 @njit(nogil=True, cache=True, parallel=True)

@@ -5,7 +5,6 @@ signs and window of y meet in 128 floats that never leave the first cache; they 
 reading memory and computing overlap; indices are unsigned, because numba tests others for wrap-around. No fast-math:
 every operation rounds once, none is fused.
 
-Arrays tell the weight's dtype to numba: uint16 holds bfloat16 bits, int16 holds float16 bits, float32 is itself.
 Words of Philox are (4, n) so that each of the four is contiguous. uint32() around each integer operation keeps numba
 from widening it to 64 bits.
 """
@@ -16,80 +15,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numba import config as numba_config
-from numba import get_num_threads, njit, prange, set_num_threads, uint16, uint32, uint64
-from numba.extending import overload
+from numba import get_num_threads, njit, prange, set_num_threads, uint32, uint64
 from torch import Tensor
 
-from edge_client.kernels import SumKind, Terms
+from edge_client.kernels import Packed, SumKind, Terms
+from edge_client.kernels.numba_base import ROOM, add, copy
 from shared.directions import BUCKET_STREAM, GAUSSIAN_STREAM, RADEMACHER_STREAM, SIGN_STREAM, normal_quantiles
 
 _CHUNK = 4096  # weights per batch of Philox calls
 _GROUPS = _CHUNK // 128 + 1
 _UNIT = 16384  # weights per unit of work for a thread
 _SERIAL = 65536  # weights below which waking threads costs more than it saves
-_HALF_SMALLEST_NORMAL = 0x38800000  # 2**-14 as float32
-_HALF_OVERFLOW = 0x477FF000  # 65520: rounds to infinity in float16
-
-
-@njit(nogil=True)
-def _bits(value):
-    return np.float32(value).view(np.uint32)
-
-
-@njit(nogil=True)
-def _float(bits):
-    return np.uint32(bits).view(np.float32)
-
-
-@njit(nogil=True)
-def _from_half(bits):
-    magnitude = uint32(bits & uint32(0x7FFF))
-    exponent = uint32(magnitude << uint32(13)) + uint32(0x38000000)
-    if magnitude >= uint32(0x7C00):  # infinity and NaN
-        exponent = uint32(exponent + uint32(0x38000000))
-    subnormal = np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
-    value = subnormal if magnitude < uint32(0x400) else _float(exponent)
-    return _float(uint32(_bits(value) | uint32(uint32(bits & uint32(0x8000)) << uint32(16))))
-
-
-@njit(nogil=True)
-def _to_half(value):
-    bits = _bits(value)
-    sign = uint32(uint32(bits >> uint32(16)) & uint32(0x8000))
-    magnitude = uint32(bits & uint32(0x7FFFFFFF))
-    is_odd = uint32(uint32(magnitude >> uint32(13)) & uint32(1))
-    half = uint32(uint32(magnitude + uint32(0xFFF) + is_odd - uint32(0x38000000)) >> uint32(13))
-    # 0.5 has the unit in the last place of a subnormal half: the sum rounds where the half would.
-    subnormal = uint32(_bits(_float(magnitude) + np.float32(0.5)) - uint32(0x3F000000))
-    half = subnormal if magnitude < uint32(_HALF_SMALLEST_NORMAL) else half
-    half = uint32(0x7C00) if magnitude >= uint32(_HALF_OVERFLOW) else half
-    return uint16(0x7E00) if value != value else uint16(half | sign)
-
-
-@njit(nogil=True)
-def _to_bf16(value):
-    bits = _bits(value)
-    is_odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
-    rounded = uint32(uint32(bits + uint32(0x7FFF) + is_odd) >> uint32(16))
-    return uint16(0x7FC0) if value != value else uint16(rounded)
-
-
-def _sum(stored, amount):
-    """The rounded sum of a stored weight and a float32, as it is stored; numba picks by the storage's type."""
-
-
-@overload(_sum)
-def _overload_sum(stored, amount):
-    if stored.bitwidth == 32:
-        return lambda stored, amount: _canonical(stored + amount)
-    if stored.signed:
-        return lambda stored, amount: np.int16(_to_half(_from_half(uint32(uint16(stored))) + amount))
-    return lambda stored, amount: _to_bf16(_float(uint32(uint32(stored) << uint32(16))) + amount)
-
-
-@njit(nogil=True)
-def _canonical(value):
-    return np.float32(np.nan) if value != value else value
 
 
 @njit(nogil=True)
@@ -126,15 +62,7 @@ def _flip(buffer, bits, begin, words, group):
 
 
 @njit(nogil=True)
-def _add(base, at, amounts, skip, out, to, count):
-    """out[to + i] = base[at + i] + amounts[skip + i], rounded, for i < count."""
-    at, skip, to = uint64(at), uint64(skip), uint64(to)
-    for i in range(uint64(count)):
-        out[to + i] = _sum(base[at + i], amounts[skip + i])
-
-
-@njit(nogil=True)
-def _hadamard_groups(base, lead, start, stop, out, to, bits, windows, words, groups, buffer, amounts):
+def _hadamard_groups(base, lead, start, stop, out, to, bits, windows, words, groups, buffer, amounts, room):
     """Weights start..stop, in `groups` groups; theirs is base[start + lead] on. `amounts` is `buffer` as float32."""
     first = start >> 7
     for group in range(groups):
@@ -142,22 +70,24 @@ def _hadamard_groups(base, lead, start, stop, out, to, bits, windows, words, gro
         lower = max(start, (first + group) << 7)
         upper = min(stop, (first + group + 1) << 7)
         if upper - lower == 128:  # a constant trip count makes the better loop
-            _add(base, lower + lead, amounts, 0, out, to + lower - start, 128)
+            add(base, lower + lead, amounts, 0, out, to + lower - start, 128, room)
         else:
-            _add(base, lower + lead, amounts, lower & 127, out, to + lower - start, upper - lower)
+            add(base, lower + lead, amounts, lower & 127, out, to + lower - start, upper - lower, room)
 
 
 @njit(nogil=True, cache=True)
 def _hadamard_units(base, is_apart, starts, length, out, bits, shift, tensor, key, unit, end):
     """Units unit..end of work; a segment of `length` weights is cut into units of `_UNIT`.
 
-    is_apart: base holds the segments alone, one after the other as `out` does.
+    base: an array, or what `numba_base` knows as a packed one. is_apart: it holds the segments alone, one after the
+    other as `out` does.
     """
     words = np.empty((4, _GROUPS), np.uint32)
     rotations = np.empty((4, _CHUNK // 256 + 2), np.uint32)
     windows = np.empty(_GROUPS, np.int64)
     buffer = np.empty(128, np.uint32)
     amounts = buffer.view(np.float32)
+    room = np.empty(ROOM, np.float32)
     pieces = (length + _UNIT - 1) // _UNIT
     for number in range(unit, end):
         segment, piece = number // pieces, number % pieces
@@ -174,7 +104,19 @@ def _hadamard_units(base, is_apart, starts, length, out, bits, shift, tensor, ke
                 element = (first + group) << 7  # may lie before `start`, never in an earlier block than its group
                 windows[group] = (rotations[0, (element >> shift) - block] + element) & ((1 << shift) - 1)
             _hadamard_groups(
-                base, lead, start, stop, out, segment * length + offset, bits, windows, words, groups, buffer, amounts
+                base,
+                lead,
+                start,
+                stop,
+                out,
+                segment * length + offset,
+                bits,
+                windows,
+                words,
+                groups,
+                buffer,
+                amounts,
+                room,
             )
 
 
@@ -236,7 +178,15 @@ def _sums_parallel(base, is_apart, starts, length, out, sums, is_gaussian, tenso
         total[:count] = sums[start : start + count]
         _accumulate(total, 0, start, start + count, is_gaussian, tensor, key, seeds, amounts, table, words)
         at = segment * length + offset if is_apart else start
-        _add(base, at, total, 0, out, segment * length + offset, count)
+        add(base, at, total, 0, out, segment * length + offset, count, total)  # an array needs no room
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _copy_parallel(base, starts, length, out):
+    pieces = (length + _CHUNK - 1) // _CHUNK
+    for number in prange(starts.size * pieces):
+        segment, offset = number // pieces, number % pieces * _CHUNK
+        copy(base, starts[segment] + offset, out, segment * length + offset, min(_CHUNK, length - offset))
 
 
 def _stored(weights: Tensor) -> np.ndarray:
@@ -245,6 +195,14 @@ def _stored(weights: Tensor) -> np.ndarray:
         return weights.view(-1).numpy()
     flat = weights.view(-1).view(torch.int16).numpy()
     return flat if weights.dtype == torch.float16 else flat.view(np.uint16)
+
+
+def _kept(base: Tensor | Packed) -> object:
+    """What the loops take for a base."""
+    if isinstance(base, Packed):
+        table = np.empty(0, np.float32) if base.table is None else base.table.numpy()
+        return base.codes.numpy(), base.scales.numpy(), base.block, table
+    return _stored(base)
 
 
 def _match_threads() -> int:
@@ -265,7 +223,7 @@ class NumbaKernel:
     name = "numba"
 
     def add_hadamard(
-        self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
+        self, base: Tensor | Packed, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
     ) -> None:
         """See `edge_client.kernels.Kernel.add_hadamard`."""
         segments, length = out.shape
@@ -274,11 +232,17 @@ class NumbaKernel:
         bits = padded.numpy().view(np.uint32)
         shift = (bits.size - 128).bit_length() - 1
         key = np.uint64(pool_key)
-        work = (_stored(base), base.dim() == 2, starts.numpy(), length, _stored(out), bits, shift, tensor, key)
+        is_apart = not isinstance(base, Packed) and base.dim() == 2
+        work = (_kept(base), is_apart, starts.numpy(), length, _stored(out), bits, shift, tensor, key)
         if threads == 1:
             _hadamard_units(*work, 0, units)
         else:  # four tasks per thread: a thread that another program holds up does not hold up the rest
             _hadamard_parallel(*work, units, threads * 4)
+
+    def unpack(self, base: Packed, starts: Tensor, out: Tensor) -> None:
+        """See `edge_client.kernels.Kernel.unpack`."""
+        _match_threads()
+        _copy_parallel(_kept(base), starts.numpy(), out.shape[1], _stored(out))
 
     def add_sums(
         self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, sums: Tensor, kind: SumKind, pool_key: int,

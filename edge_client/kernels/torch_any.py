@@ -14,8 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from edge_client.kernels import PADDING, SumKind, Terms
+from edge_client.kernels import PADDING, Packed, SumKind, Terms
 from shared.directions import BUCKET_STREAM, GAUSSIAN_STREAM, RADEMACHER_STREAM, SIGN_STREAM, normal_quantiles
+from shared.packed import EIGHT_BIT_UNIT
 
 _CHUNK = 1 << 18
 _LOW = 0xFFFFFFFF
@@ -115,13 +116,22 @@ class TorchKernel:
     name = "torch"
 
     def add_hadamard(
-        self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
+        self, base: Tensor | Packed, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
     ) -> None:
         """See `edge_client.kernels.Kernel.add_hadamard`."""
         for rows, columns, begins in _pieces(starts, out.shape[1]):
             length = columns.stop - columns.start
             amounts = _hadamard(begins, length, tensor, padded, pool_key)
-            _store(_part(base, rows, columns, begins), amounts, out[rows, columns])
+            if isinstance(base, Packed):
+                weights = _unpacked(base, begins, length, out.dtype)
+            else:
+                weights = _part(base, rows, columns, begins)
+            _store(weights, amounts, out[rows, columns])
+
+    def unpack(self, base: Packed, starts: Tensor, out: Tensor) -> None:
+        """See `edge_client.kernels.Kernel.unpack`."""
+        for rows, columns, begins in _pieces(starts, out.shape[1]):
+            out[rows, columns] = _unpacked(base, begins, columns.stop - columns.start, out.dtype)
 
     def add_sums(
         self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, sums: Tensor, kind: SumKind, pool_key: int,
@@ -161,6 +171,18 @@ def _segments(flat: Tensor, starts: Tensor, length: int) -> Tensor:
     if len(starts) == 1 and starts.is_cpu:
         return flat[int(starts) : int(starts) + length][None]
     return flat[starts[:, None] + torch.arange(length, device=starts.device)]
+
+
+def _unpacked(base: Packed, starts: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The base weights of rows of `length` elements from `starts` on, rounded: (S, length) of `dtype`."""
+    index = starts[:, None] + torch.arange(length, device=starts.device)
+    scales = base.scales[index // base.block]
+    if base.table is None:
+        product = torch.mul(base.codes[index].to(torch.float32), scales)
+        return _rounded(torch.mul(product, float(EIGHT_BIT_UNIT)), dtype)
+    both = base.codes[index >> 1]
+    codes = torch.where(index % 2 == 1, both & 15, both >> 4)
+    return _rounded(base.table[codes.to(torch.int64)] * scales, dtype)
 
 
 def _part(base: Tensor, rows: slice, columns: slice, starts: Tensor) -> Tensor:

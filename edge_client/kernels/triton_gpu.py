@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from edge_client.kernels import PADDING
+from edge_client.kernels import PADDING, Packed
 from edge_client.kernels.torch_any import TorchKernel
 from shared.directions import BUCKET_STREAM, SIGN_STREAM
 
@@ -117,12 +117,15 @@ class TritonKernel(TorchKernel):
     name = "triton"
 
     def add_hadamard(
-        self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
+        self, base: Tensor | Packed, starts: Tensor, out: Tensor, *, tensor: int, padded: Tensor, pool_key: int
     ) -> None:
         """See `edge_client.kernels.Kernel.add_hadamard`."""
         segments, length = out.shape
         if not out.numel():
             return
+        if isinstance(base, Packed):
+            self.unpack(base, starts, out)
+            base = out
         seeds = padded.numel() - PADDING
         tile = min(_TILE, seeds, max(_GROUP, triton.next_power_of_2(length)))
         tiles = (length + tile - 2) // tile + 1  # a segment begins anywhere in its first tile

@@ -1,0 +1,87 @@
+"""Floating point numbers as bits, for the numba kernels: what a dtype's storage holds, and one rounding into it.
+
+Arrays tell the weight's dtype to numba: uint16 holds bfloat16 bits, int16 holds float16 bits, float32 is itself.
+uint32() around each integer operation keeps numba from widening it to 64 bits.
+
+numba caches machine code by the date of the file that holds a cached function: who changes this file alone must empty
+`__pycache__`, or the code that other files made of it stays.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, call-overload, operator, attr-defined"
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint16, uint32
+from numba.extending import overload
+
+_HALF_SMALLEST_NORMAL = 0x38800000  # 2**-14 as float32
+_HALF_OVERFLOW = 0x477FF000  # 65520: rounds to infinity in float16
+
+
+@njit(nogil=True)
+def _bits(value):
+    return np.float32(value).view(np.uint32)
+
+
+@njit(nogil=True)
+def _float(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@njit(nogil=True)
+def _from_half(bits):
+    magnitude = uint32(bits & uint32(0x7FFF))
+    exponent = uint32(magnitude << uint32(13)) + uint32(0x38000000)
+    if magnitude >= uint32(0x7C00):  # infinity and NaN
+        exponent = uint32(exponent + uint32(0x38000000))
+    subnormal = np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
+    value = subnormal if magnitude < uint32(0x400) else _float(exponent)
+    return _float(uint32(_bits(value) | uint32(uint32(bits & uint32(0x8000)) << uint32(16))))
+
+
+@njit(nogil=True)
+def _to_half(value):
+    bits = _bits(value)
+    sign = uint32(uint32(bits >> uint32(16)) & uint32(0x8000))
+    magnitude = uint32(bits & uint32(0x7FFFFFFF))
+    is_odd = uint32(uint32(magnitude >> uint32(13)) & uint32(1))
+    half = uint32(uint32(magnitude + uint32(0xFFF) + is_odd - uint32(0x38000000)) >> uint32(13))
+    # 0.5 has the unit in the last place of a subnormal half: the sum rounds where the half would.
+    subnormal = uint32(_bits(_float(magnitude) + np.float32(0.5)) - uint32(0x3F000000))
+    half = subnormal if magnitude < uint32(_HALF_SMALLEST_NORMAL) else half
+    half = uint32(0x7C00) if magnitude >= uint32(_HALF_OVERFLOW) else half
+    return uint16(0x7E00) if value != value else uint16(half | sign)
+
+
+@njit(nogil=True)
+def _to_bf16(value):
+    bits = _bits(value)
+    is_odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
+    rounded = uint32(uint32(bits + uint32(0x7FFF) + is_odd) >> uint32(16))
+    return uint16(0x7FC0) if value != value else uint16(rounded)
+
+
+def widened(stored):
+    """A stored weight as float32; numba picks by the storage's type."""
+
+
+def rounded(value, stored):
+    """A float32 rounded into the storage that `stored` has; a NaN becomes the canonical one."""
+
+
+@overload(widened)
+def _overload_widened(stored):
+    if stored.bitwidth == 32:
+        return lambda stored: stored
+    if stored.signed:
+        return lambda stored: _from_half(uint32(uint16(stored)))
+    return lambda stored: _float(uint32(uint32(stored) << uint32(16)))
+
+
+@overload(rounded)
+def _overload_rounded(value, stored):
+    if stored.bitwidth == 32:
+        return lambda value, stored: np.float32(np.nan) if value != value else value
+    if stored.signed:
+        return lambda value, stored: np.int16(_to_half(value))
+    return lambda value, stored: _to_bf16(value)
