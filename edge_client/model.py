@@ -6,6 +6,7 @@ asks the hub). Code that a checkpoint brings along is never run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What from_pretrained is called with."""
 
     given: str
@@ -45,12 +46,22 @@ class _Source:
     arguments: dict[str, Any]
 
 
-def load_model(source: str, dtype: WeightDtype, device: torch.device | str = "cpu") -> LoadedModel:
+# The model on the device, ready to be tuned, and `LoadedModel.cast`.
+ReadWeights = Callable[[Source, torch.dtype, torch.device], tuple["PreTrainedModel", tuple[str, ...]]]
+
+
+def load_model(
+    source: str,
+    dtype: WeightDtype,
+    device: torch.device | str = "cpu",
+    read_weights: ReadWeights | None = None,
+) -> LoadedModel:
     """Load the causal LM and tokenizer at `source`: a hub id, a local folder or a GGUF file.
 
     All parameters are in `dtype`: one that transformers keeps in float32 is cast as well (`LoadedModel.cast` names it),
     because a tuned tensor has the run's dtype. Buffers keep theirs. A tokenizer without a padding token that the
     model knows takes its end of text, or its unknown token, for one; padding is masked wherever it matters.
+    read_weights: another way to get at the weights than to load them (`edge_client.streamed`).
     Raises UserError where there is no such model or it is none that can be tuned, UnavailableError where the hub cannot
     be reached and the cache does not have it.
     """
@@ -65,13 +76,13 @@ def load_model(source: str, dtype: WeightDtype, device: torch.device | str = "cp
     try:
         _check_config(found)
         tokenizer = _load_tokenizer(found)
-        model, cast = _load_weights(found, DTYPES[dtype])
+        model, cast = (read_weights or _load_weights)(found, DTYPES[dtype], where)
         embeddings: Any = model.get_input_embeddings()
         _choose_padding(tokenizer, len(embeddings.weight))
     finally:
         if shows_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return LoadedModel(model.to(where), tokenizer, source, dtype, where, cast)  # type: ignore[arg-type]
+    return LoadedModel(model, tokenizer, source, dtype, where, cast)
 
 
 def prepare(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
@@ -103,34 +114,34 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def _locate(source: str) -> _Source:
+def _locate(source: str) -> Source:
     if not source:
         raise UserError("the model has no name. Give a hub id, a folder or a .gguf file.")
     path = Path(source).expanduser()
     if path.suffix.lower() == _GGUF:
         if not path.is_file():
             raise UserError(f"there is no GGUF file {source!r}. Check the path.")
-        return _Source(source, str(path.parent), {"gguf_file": path.name, "local_files_only": True})
+        return Source(source, str(path.parent), {"gguf_file": path.name, "local_files_only": True})
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
                 f"the folder {source!r} has no config.json, so it holds no model of transformers. "
                 "Give the folder that save_pretrained wrote, or the path of a .gguf file."
             )
-        return _Source(source, str(path), {"local_files_only": True})
+        return Source(source, str(path), {"local_files_only": True})
     if path.exists():
         raise UserError(f"{source!r} is a file; a model is a hub id, a folder or a .gguf file. Give one of these.")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise UserError(f"there is no folder {source!r}. Check the path, or give a hub id such as owner/name.")
-    return _Source(source, source, {})
+    return Source(source, source, {})
 
 
-def _check_config(found: _Source) -> None:
+def _check_config(found: Source) -> None:
     """Refuse what has no head for text before its weights are read."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = _reading(found, lambda: AutoConfig.from_pretrained(found.name, **found.arguments))
+    config = reading(found, lambda: AutoConfig.from_pretrained(found.name, **found.arguments))
     named: list[str] = getattr(config, "architectures", None) or []
     has_head = not named or any(head in name for name in named for head in _HEADS)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not has_head:
@@ -140,10 +151,10 @@ def _check_config(found: _Source) -> None:
         )
 
 
-def _load_tokenizer(found: _Source) -> PreTrainedTokenizerBase:
+def _load_tokenizer(found: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _reading(
+    tokenizer: PreTrainedTokenizerBase = reading(
         found, lambda: AutoTokenizer.from_pretrained(found.name, **found.arguments), "tokenizer"
     )
     if not len(tokenizer):
@@ -158,7 +169,7 @@ def _choose_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
 
 
-def _load_weights(found: _Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _load_weights(found: Source, dtype: torch.dtype, where: torch.device) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import transformers
     from packaging.version import Version
 
@@ -168,7 +179,7 @@ def _load_weights(found: _Source, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     if is_gguf and hasattr(transformers, "GgufConfig"):
         # Where it exists, the default may keep the weights packed, and forbids saving the model in any case.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = _reading(
+    model, report = reading(
         found,
         lambda: transformers.AutoModelForCausalLM.from_pretrained(found.name, output_loading_info=True, **arguments),
     )
@@ -181,10 +192,11 @@ def _load_weights(found: _Source, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         )
     if is_gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are unpacked; with it the model could not be saved again
-    return model, prepare(model, dtype)
+    cast = prepare(model, dtype)
+    return model.to(where), cast
 
 
-def _reading(found: _Source, read: Any, what: str = "model") -> Any:
+def reading(found: Source, read: Any, what: str = "model") -> Any:
     """What `read` returns; its errors as ours, whatever they are: parsers of five formats raise all kinds."""
     try:
         return read()
