@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from aggregator.store import Store
-from tests.bad_link import BadNetwork, Line, inside, missing
 from tools.broker import find_mosquitto
 from tools.demo import ONE_THREAD
+from tools.links import Line, Network, inside, missing
 from tools.processes import Crew, crew
 from tools.soak_check import check_fold, read_journal, read_metrics, settled_rounds
 from tools.soak_world import AGENTS, RUN, World, create_command, join_command, make_world, serve_command
@@ -26,7 +26,7 @@ from tools.soak_world import AGENTS, RUN, World, create_command, join_command, m
 pytestmark = [pytest.mark.soak, pytest.mark.broker]
 
 ROUNDS = 10
-LINE = Line(loss=0.05, delay_s=0.25, bits_per_s=64_000)
+LINE = Line(loss=0.05, delay_s=0.25, up_bits_per_s=64_000, down_bits_per_s=64_000)
 AWAY_S = float(os.environ.get("SOAK_AWAY_S", "10"))
 LIMIT_S = 240.0 + AWAY_S
 PORT = 1883
@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         pytest.skip(reason)
     world = World(tmp_path_factory.mktemp("bad-network"))
     make_world(world, 1)
-    network = BadNetwork(len(DEVICES), LINE, seed=1)
+    network = Network(len(DEVICES), LINE, seed=1)
     try:
         with crew() as members:
             yield ten_rounds(world, network, members, str(mosquitto))
@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         network.close()
 
 
-def ten_rounds(world: World, network: BadNetwork, members: Crew, mosquitto: str) -> Finished:
+def ten_rounds(world: World, network: Network, members: Crew, mosquitto: str) -> Finished:
     settings = {**ONE_THREAD, "HOME": str(world.out), "XDG_STATE_HOME": str(world.out / "state")}
     config = world.out / "mosquitto.conf"
     config.write_text(CONFIG.format(port=PORT, folder=world.out))

@@ -98,11 +98,19 @@ def step(asked: Asked) -> BenchResult:
     return bench_step(asked)
 
 
+def wire(asked: Asked) -> BenchResult:
+    """Bytes of a client-round on the wire, in layers, against goal and paper."""
+    from tools.bench_wire import bench_wire
+
+    return bench_wire(asked)
+
+
 BENCHES: dict[str, Callable[[Asked], BenchResult]] = {
     "aggregator": aggregator,
     "memory": memory,
     "rebuild": rebuild,
     "step": step,
+    "wire": wire,
 }
 
 

@@ -15,7 +15,7 @@ from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
 
 app = typer.Typer(
-    help="Tools of kseed: demo, export, generate, fetch-model, manifest, soak, vectors, bench.",
+    help="Tools of kseed: demo, bandwidth, export, generate, fetch-model, manifest, soak, vectors, bench.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -104,6 +104,32 @@ def demo(
 
 
 @app.command()
+def bandwidth(
+    out: Annotated[Path, typer.Option(help="Folder for logs, metrics, CSV and plot.")] = Path("kseed-bandwidth"),
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or GGUF file; a tiny one if not given: the bytes are the same.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds; the first is the join's and not averaged.")] = 10,
+    local_steps: Annotated[int, typer.Option(help="Steps of the agent in a round.")] = 200,
+    seeds: Annotated[int, typer.Option(help="K, the number of directions: a power of two.")] = 4096,
+    tls: Annotated[bool, typer.Option("--tls/--no-tls", help="Encrypt, with certificates made on the spot.")] = True,
+    link: Annotated[
+        str | None, typer.Option(help="Shape the line: nb-iot, lte-m, 3g, satellite or wifi; needs Linux and root.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Measure what a round costs a device on the wire, beside the paper, LoRA factors and the full model."""
+    import msgspec
+
+    from tools.bandwidth import BandwidthSettings, measure_bandwidth
+    from tools.bandwidth_report import report_text
+
+    settings = BandwidthSettings(out, model, rounds, local_steps, seeds, tls=tls, link=link)
+    report = measure_bandwidth(settings, _note)
+    _tell(msgspec.json.encode(report).decode() if as_json else report_text(report))
+
+
+@app.command()
 def soak(
     seed: Annotated[int, typer.Option(help="Of the schedule of kills, cuts and weathers.")] = 1,
     minutes: Annotated[float, typer.Option(help="How long the trouble lasts.")] = 2.0,
@@ -135,7 +161,7 @@ def vectors(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which: aggregator, memory, rebuild, step.")],
+    name: Annotated[str, typer.Argument(help="Which: aggregator, memory, rebuild, step, wire.")],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for its files; it must be on the disk to measure.")] = Path(
         "kseed-bench"

@@ -7,6 +7,7 @@ Needs root, iproute2 and /dev/net/tun; all traffic stays inside the namespaces.
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import random
 import selectors
@@ -26,11 +27,23 @@ _LONGEST_QUEUE_S = 4.0  # more than this waits nowhere: the line drops it, as a 
 
 @dataclass(frozen=True)
 class Line:
-    """What a line does to each IP packet, in either direction."""
+    """What a line does to each IP packet."""
 
-    loss: float
-    delay_s: float
-    bits_per_s: float
+    loss: float  # part of the packets, in either direction
+    delay_s: float  # one way
+    up_bits_per_s: float  # from the device to the hub
+    down_bits_per_s: float
+
+
+# Nominal rates and round trips with their sources: docs/bandwidth.md. The losses are guesses: radio links repeat what
+# they lose themselves, so IP sees little of it.
+PROFILES = {
+    "nb-iot": Line(loss=0.01, delay_s=0.8, up_bits_per_s=62_000, down_bits_per_s=26_000),
+    "lte-m": Line(loss=0.005, delay_s=0.05, up_bits_per_s=375_000, down_bits_per_s=300_000),
+    "3g": Line(loss=0.005, delay_s=0.15, up_bits_per_s=768_000, down_bits_per_s=1_600_000),
+    "satellite": Line(loss=0.01, delay_s=0.3, up_bits_per_s=384_000, down_bits_per_s=384_000),
+    "wifi": Line(loss=0.001, delay_s=0.001, up_bits_per_s=15_000_000, down_bits_per_s=30_000_000),
+}
 
 
 def missing() -> str | None:
@@ -54,7 +67,7 @@ def inside(namespace: str, command: list[str]) -> list[str]:
     return ["ip", "netns", "exec", namespace, *command]
 
 
-class BadNetwork:
+class Network:
     """A hub and devices around it, each with a line of its own. `close` takes it all away."""
 
     def __init__(self, devices: int, line: Line, seed: int) -> None:
@@ -65,9 +78,10 @@ class BadNetwork:
         self._source = random.Random(seed)
         self._selector = selectors.DefaultSelector()
         self._peer: dict[int, int] = {}
+        self._rates: dict[int, float] = {}  # of what comes from an end, bits per second
         self._made: list[str] = []
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._carry, name="bad network", daemon=True)
+        self._thread = threading.Thread(target=self._carry, name="lines", daemon=True)
         try:
             for name in (self.hub, *self.devices):
                 _ip("netns", "add", name)
@@ -77,6 +91,7 @@ class BadNetwork:
                 near = _device(f"ks{os.getpid() % 100_000}h{number}", self.hub, f"10.77.{number}.1/30")
                 far = _device(f"ks{os.getpid() % 100_000}d{number}", name, f"10.77.{number}.2/30")
                 self._peer |= {near: far, far: near}
+                self._rates |= {near: line.down_bits_per_s, far: line.up_bits_per_s}
         except BaseException:
             self.close()
             raise
@@ -87,6 +102,13 @@ class BadNetwork:
     def hub_address(self, device: int) -> str:
         """The hub, as a device sees it."""
         return f"10.77.{device}.1"
+
+    def device_bytes(self, device: int) -> tuple[int, int]:
+        """Bytes of IP packets that the kernel counted on a device's interface: sent, received."""
+        name = f"ks{os.getpid() % 100_000}d{device}"
+        said = _ip("-n", self.devices[device], "-s", "-j", "link", "show", "dev", name)
+        counts = json.loads(said)[0]["stats64"]
+        return counts["tx"]["bytes"], counts["rx"]["bytes"]
 
     def close(self) -> None:
         """Take the namespaces and their devices away."""
@@ -115,22 +137,23 @@ class BadNetwork:
                     self.lost += 1
                     continue
                 self.carried += 1
-                free_s[key.fd] = start_s + 8 * len(packet) / self._line.bits_per_s
+                free_s[key.fd] = start_s + 8 * len(packet) / self._rates[key.fd]
                 due_s = free_s[key.fd] + self._line.delay_s
                 heapq.heappush(waiting, (due_s, self.carried, self._peer[key.fd], packet))
 
 
 def _device(name: str, namespace: str, address: str) -> int:
     """A TUN device in a namespace; returns the file descriptor of its other side."""
-    import fcntl  # not on Windows, where the test is skipped
+    import fcntl  # not on Windows, where `missing` says why
 
     end = os.open(_TUN, os.O_RDWR)
     fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TUN | _IFF_NO_PI))
     _ip("link", "set", name, "netns", namespace)
+    _ip("-n", namespace, "link", "set", name, "addrgenmode", "none")  # no IPv6 of its own, which would talk
     _ip("-n", namespace, "address", "add", address, "dev", name)
     _ip("-n", namespace, "link", "set", name, "up")
     return end
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
