@@ -112,7 +112,7 @@ class Service:
         if self.groups:
             lines.append(f"SupplementaryGroups={' '.join(self.groups)}")
         lines.append(f"ProtectHome={'read-only' if is_home_used else 'yes'}")
-        lines.append(f"PrivateTmp={'no' if is_tmp_used else 'yes'}")
+        lines.append("ReadWritePaths=/tmp /var/tmp" if is_tmp_used else "PrivateTmp=yes")
         lines += [f"ReadWritePaths={quoted(f'-{path}')}" for path in self.writes]  # -: it need not be there
         return lines
 

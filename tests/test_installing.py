@@ -135,6 +135,15 @@ def test_home_is_closed_but_where_something_of_the_agent_lies_in_it() -> None:
     assert home_of("/srv/data", "/home/ann/kseed") == "ProtectHome=read-only"
 
 
+def test_a_service_always_has_a_folder_for_temporary_files() -> None:
+    def text(read: str) -> str:
+        return Service(name="a", description="", command=["/bin/true"], user="kseed", reads=[Path(read)]).text()
+
+    assert "\nPrivateTmp=yes\n" in text("/srv/data")
+    assert "\nReadWritePaths=/tmp /var/tmp\n" in text("/tmp/data")
+    assert "PrivateTmp" not in text("/tmp/data"), "it would hide the data"
+
+
 def map_paths(texts: tuple[str, ...]) -> list[Path]:
     return [Path(text) for text in texts]
 
