@@ -85,6 +85,7 @@ def serve(name: str, config: ServeConfig, env: Mapping[str, str]) -> None:
                 manual_acknowledge=True,
                 session_expiry_s=AWAY_S,
                 most_in_flight=ANSWERS_IN_FLIGHT,
+                saves_bytes=False,
             )
             service = Service(store, name, transport, steady_clock(), log, config.aggregator.metrics)
             with _leaving() as leave:

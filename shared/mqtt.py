@@ -24,7 +24,8 @@ class MqttTransport:
 
     The session outlives the connection by `session_expiry_s` (MQTT 5). Without `manual_acknowledge` a message is
     acknowledged when `poll` hands it over; what was not handed over comes again after a restart. While the broker is
-    away, each failed attempt gives one Disconnected. Raises UserError where the TLS or password files are unusable.
+    away, each failed attempt gives one Disconnected. With `saves_bytes` acknowledgements wait some milliseconds for
+    company; a server of many is faster without. Raises UserError where the TLS or password files are unusable.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MqttTransport:
         manual_acknowledge: bool = False,
         session_expiry_s: int = 3600,
         most_in_flight: int = MOST_IN_FLIGHT,
+        saves_bytes: bool = True,
         policy: ReconnectPolicy | None = None,
         source: random.Random | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class MqttTransport:
             will,
             session_expiry_s,
             policy.answer_timeout_s,
+            saves_bytes,
         )
         self._meter = meter = Meter()
 

@@ -25,6 +25,7 @@ class Settings:
     will: tuple[str, bytes] | None
     session_expiry_s: int
     answer_timeout_s: float
+    saves_bytes: bool = False  # acknowledgements wait a little for others to go with
 
     @property
     def address(self) -> str:

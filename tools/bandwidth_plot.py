@@ -65,5 +65,5 @@ def _others(axes: Axes, report: BandwidthReport) -> None:
     bars[-1].set_color(_UP)
     axes.bar_label(bars, [f"{count:,.0f}" for _, count in rows], padding=3)
     axes.set_xscale("log")
-    axes.set_xlim(100, 30 * max(count for _, count in rows))
+    axes.set_xlim(100, 300 * max(count for _, count in rows))
     axes.set(title=f"beside other ways, {report.compared_with}", xlabel="bytes, logarithmic")

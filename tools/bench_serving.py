@@ -45,7 +45,9 @@ def _drained_per_second(folder: Path, updates: list[tuple[str, bytes]]) -> float
             flood.publish(f"kseed/{RUN}/update/{device}", payload)
         _await_delivered(flood, len(updates))
         flood.close()
-        transport = MqttTransport(config, client_id, manual_acknowledge=True, most_in_flight=ANSWERS_IN_FLIGHT)
+        transport = MqttTransport(
+            config, client_id, manual_acknowledge=True, most_in_flight=ANSWERS_IN_FLIGHT, saves_bytes=False
+        )
         with served(folder, len(updates) + 1, transport) as service:
             began_s = time.perf_counter()
             while len(service.state.updates) < len(updates) or service._answers.unsettled:
