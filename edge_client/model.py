@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from edge_client import packed
+from edge_client.kernels import choose
 from edge_client.tuned import DTYPES
 from shared.errors import UnavailableError, UserError
 from shared.messages import WeightDtype
@@ -20,6 +23,7 @@ from shared.messages import WeightDtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LoadIn = Literal["auto", "4bit", "8bit", "unpacked"]
 _GGUF = ".gguf"
 _HEADS = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of architectures with a head for text
 _SHOWN = 3  # names in an error
@@ -55,6 +59,9 @@ def load_model(
     dtype: WeightDtype,
     device: torch.device | str = "cpu",
     read_weights: ReadWeights | None = None,
+    *,
+    load_in: LoadIn = "auto",
+    say: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load the causal LM and tokenizer at `source`: a hub id, a local folder or a GGUF file.
 
@@ -62,11 +69,15 @@ def load_model(
     because a tuned tensor has the run's dtype. Buffers keep theirs. A tokenizer without a padding token that the
     model knows takes its end of text, or its unknown token, for one; padding is masked wherever it matters.
     read_weights: another way to get at the weights than to load them (`edge_client.streamed`).
+    load_in: 4bit and 8bit pack the linear layers, or expect them to be packed; unpacked unpacks what is packed; auto
+    leaves it as the checkpoint has it, where bitsandbytes works, else unpacks it. `say` is told what was done, and why.
     Raises UserError where there is no such model or it is none that can be tuned, UnavailableError where the hub cannot
     be reached and the cache does not have it.
     """
     if dtype not in DTYPES:
         raise UserError(f"the dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}. Choose one of them.")
+    if load_in not in get_args(LoadIn):
+        raise UserError(f"load_in is {load_in!r}; allowed are {', '.join(get_args(LoadIn))}. Choose one of them.")
     where = _device(device)
     found = _locate(source)
     from transformers.utils import logging
@@ -76,7 +87,7 @@ def load_model(
     try:
         _check_config(found)
         tokenizer = _load_tokenizer(found)
-        model, cast = (read_weights or _load_weights)(found, DTYPES[dtype], where)
+        model, cast = (read_weights or partial(_load_weights, load_in, say))(found, DTYPES[dtype], where)
         embeddings: Any = model.get_input_embeddings()
         _choose_padding(tokenizer, len(embeddings.weight))
     finally:
@@ -169,12 +180,92 @@ def _choose_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
 
 
-def _load_weights(found: Source, dtype: torch.dtype, where: torch.device) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    import transformers
-    from packaging.version import Version
+def _load_weights(
+    load_in: LoadIn, say: Callable[[str], None], found: Source, dtype: torch.dtype, where: torch.device
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    from transformers import AutoConfig
 
-    keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    arguments = {keyword: dtype, **found.arguments}
+    config = reading(found, lambda: AutoConfig.from_pretrained(found.name, **found.arguments))
+    width = packed.width_of(config)
+    if width is None and load_in in ("auto", "unpacked"):
+        model = _from_pretrained(found, dtype)
+        return _ready(model, dtype, where)
+    if width is not None and load_in in ("4bit", "8bit") and load_in != width:
+        raise UserError(f"{found.given!r} is packed in {width} already; it cannot be loaded in {load_in}.")
+    if load_in == "unpacked":
+        say(f"model: unpacked to {dtype}, as was asked for")
+        return _ready(_unpacked(found, config, dtype), dtype, where)
+    why_not = packed.why_not(where)
+    if why_not is None:
+        return _packed(found, width, load_in, dtype, where, say)
+    if width is None:
+        raise UserError(
+            f"bitsandbytes cannot be used on {where} ({why_not}), and {load_in} needs it to quantise. Install a build "
+            "for this device, or quantise elsewhere with `kseed quantise`: what it writes is unpacked here."
+        )
+    say(f"model: {width} unpacked to {dtype}, because bitsandbytes cannot be used on {where}: {why_not}")
+    return _ready(_unpacked(found, config, dtype), dtype, where)
+
+
+def _ready(model: Any, dtype: torch.dtype, where: torch.device) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    cast = prepare(model, dtype)
+    return model.to(where), cast
+
+
+def _packed(
+    found: Source, width: packed.Width | None, load_in: LoadIn, dtype: torch.dtype, where: torch.device,
+    say: Callable[[str], None],
+) -> tuple[PreTrainedModel, tuple[str, ...]]:  # fmt: skip
+    """A model whose linear layers are packed, in the checkpoint (`width`) or now."""
+    if "gguf_file" in found.arguments:
+        raise UserError(f"the GGUF file {found.given!r} cannot be packed; give a folder, or leave --load-in out.")
+    arguments: dict[str, Any] = {"device_map": {"": where}}
+    if width is None and load_in != "auto" and load_in != "unpacked":
+        arguments["quantization_config"] = packed.quantising(load_in, dtype)
+    model = _from_pretrained(found, dtype, **arguments)
+    layers = packed.keep_packed(model, dtype, where, choose(where).kernel)
+    done = "quantised now, other devices may do it otherwise" if width is None else "as the checkpoint has them"
+    say(f"model: {layers} linear layers stay packed in {width or load_in} ({done}), everything else in {dtype}")
+    return model, prepare(model, dtype)
+
+
+def _unpacked(found: Source, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A packed checkpoint without bitsandbytes: its files are read and unpacked here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    stored = packed.unpacked(reading(found, lambda: _stored(found)), dtype)
+    del config.quantization_config
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    arguments = {_dtype_keyword(): dtype, "config": config, "state_dict": stored}
+    model, report = reading(found, lambda: kind.from_pretrained(None, output_loading_info=True, **arguments))
+    _check_whole(found, report)
+    packed.refuse_transposed(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _stored(found: Source) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in safetensors, by their names in it."""
+    import json
+
+    from safetensors.torch import load_file
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(
+        found.name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **found.arguments
+    )
+    names = {"model.safetensors"}
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        tensors |= load_file(str(cached_file(found.name, name, **found.arguments)))
+    return tensors
+
+
+def _from_pretrained(found: Source, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    import transformers
+
+    arguments = {_dtype_keyword(): dtype, **found.arguments, **more}
     is_gguf = "gguf_file" in found.arguments
     if is_gguf and hasattr(transformers, "GgufConfig"):
         # Where it exists, the default may keep the weights packed, and forbids saving the model in any case.
@@ -183,6 +274,20 @@ def _load_weights(found: Source, dtype: torch.dtype, where: torch.device) -> tup
         found,
         lambda: transformers.AutoModelForCausalLM.from_pretrained(found.name, output_loading_info=True, **arguments),
     )
+    _check_whole(found, report)
+    if is_gguf and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are unpacked; with it the model could not be saved again
+    return model  # type: ignore[no-any-return]
+
+
+def _dtype_keyword() -> str:
+    import transformers
+    from packaging.version import Version
+
+    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+
+
+def _check_whole(found: Source, report: Any) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -190,10 +295,6 @@ def _load_weights(found: Source, dtype: torch.dtype, where: torch.device) -> tup
             f"{f' and {len(missing) - _SHOWN} more' if len(missing) > _SHOWN else ''}, which would start at random. "
             "Give a whole checkpoint of a causal language model."
         )
-    if is_gguf and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are unpacked; with it the model could not be saved again
-    cast = prepare(model, dtype)
-    return model.to(where), cast
 
 
 def reading(found: Source, read: Any, what: str = "model") -> Any:
