@@ -26,15 +26,14 @@ from edge_client.events import (
     GateChanged,
     Keep,
     Leave,
+    LeaveAfterRound,
     LoadModel,
     ModelAction,
-    NotTaken,
     Publish,
     Rebuild,
     Rebuilt,
     Say,
     Subscribe,
-    Taken,
     Tick,
     Train,
     Unsubscribe,
@@ -42,11 +41,11 @@ from edge_client.events import (
 from edge_client.jobs import Job, Report, StepReport, Trainer
 from edge_client.outbox import Outbox
 from edge_client.progress import Screen, Status, activity, status_line
-from edge_client.reading import read
+from edge_client.reading import Sent, read
 from edge_client.state import Identity
 from edge_client.tally import MetricsFile, Tally, round_line
+from edge_client.telling import NoTeller, Teller, View
 from shared.errors import UserError
-from shared.topics import Kind
 from shared.transport import Delivered, Received, Transport, Undelivered
 from shared.transport import Event as TransportEvent
 from shared.wire import encode
@@ -77,6 +76,8 @@ class Agent:
         memory_bytes: Callable[[], int | None] = lambda: None,
         energy_j: Callable[[], float | None] = lambda: None,
         rest_s: Callable[[float], float] = lambda spent_s: 0.0,
+        is_asked_to_finish: Callable[[], bool] = lambda: False,
+        teller: Teller | None = None,
         metrics: MetricsFile | None = None,
         outbox: Outbox | None = None,
     ) -> None:
@@ -92,11 +93,13 @@ class Agent:
         self._memory_bytes = memory_bytes
         self._energy_j = energy_j
         self._rest_s = rest_s
+        self._is_asked_to_finish = is_asked_to_finish
+        self._teller = teller or NoTeller()
         self._rest_until_s = clock.now_s()
         self._metrics = metrics or MetricsFile(None)
         self._tally = Tally(transport.traffic(), energy_j())
         self._job: Job | None = None
-        self._latest: dict[Kind, int] = {}  # token of the latest publication
+        self._sent = Sent()
         self._is_concluding = False
         self._report: Report | None = None
         self._is_leaving = False
@@ -129,6 +132,7 @@ class Agent:
         self._drop_job()
         self._screen.end()
         self._transport.close()
+        self._tell()
 
     def run_once(self, timeout_s: float) -> bool:
         """Hear what there is (idle: wait up to `timeout_s` seconds for it), then do one step; False at the end."""
@@ -142,14 +146,15 @@ class Agent:
             wait_s = 0.0
             self._hear(event)
         self._tick()
-        if self._is_leaving:
-            self._feed(Leave())
+        self._feed(Leave() if self._is_leaving else LeaveAfterRound(self._is_asked_to_finish()))
         if self._may_work:
             self._feed(GateChanged(self._gate()))
         if self._may_work:
             self._work()
         if self._screen.is_due(now_s := self._clock.now_s()):
             self._screen.show(status_line(self._status()), now_s)
+        if self._teller.is_due(self.state, self._report):
+            self._tell()
         return not self.state.is_finished
 
     @property
@@ -169,11 +174,10 @@ class Agent:
 
     def _hear(self, event: TransportEvent) -> None:
         if isinstance(event, (Delivered, Undelivered)):
-            kind = next((kind for kind, token in self._latest.items() if token == event.token), None)
-            if isinstance(event, Undelivered):
-                self._feed(NotTaken(kind, event.reason))
-            elif kind is not None:
-                self._feed(Taken(kind))
+            if isinstance(event, Delivered):
+                self._teller.answered(event, self._clock.unix_ms())
+            if (outcome := self._sent.outcome(event)) is not None:
+                self._feed(outcome)
             return
         self._feed(read(event) if isinstance(event, Received) else event)
 
@@ -193,7 +197,7 @@ class Agent:
             case Unsubscribe(topic):
                 self._transport.unsubscribe(str(topic))
             case Publish(topic, message, retain):
-                self._latest[topic.kind] = self._transport.publish(str(topic), encode(message), retain=retain)
+                self._sent.add(topic.kind, self._transport.publish(str(topic), encode(message), retain=retain))
             case Say(text, is_warning):
                 self._screen.say(f"warning: {text}" if is_warning else text)
             case Keep(kept):
@@ -217,6 +221,7 @@ class Agent:
         match action:
             case LoadModel(run):
                 self._screen.say(f"run {run.run!r}: loading the model")
+                self._tell()
                 return self._trainer.load(run)
             case Rebuild(version, coefficients):
                 began_s = self._clock.now_s()
@@ -283,6 +288,11 @@ class Agent:
             self._metrics.add(metrics)
         except UserError as error:  # a full disk is no reason to stop training
             self._screen.say(f"warning: {error}")
+
+    def _tell(self) -> None:
+        traffic, unix_ms = self._transport.traffic(), self._clock.unix_ms()
+        view = View(self.state, self._report, traffic, self._energy_j(), self._tally.digest, self.ending, unix_ms)
+        self._teller.tell(view)
 
     def _status(self) -> Status:
         plan = self.state.plan

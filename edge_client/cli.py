@@ -9,12 +9,16 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edge_client import owner_cli
 from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
+
+if TYPE_CHECKING:
+    from edge_client.events import Finish
 
 app = typer.Typer(
     name="kseed-edge",
@@ -88,10 +92,30 @@ def join(
     flags = {key: context.params[name] for name, key in _SETTINGS.items()}
     if on_battery is not None:
         flags["gate.pause_on_battery"] = not on_battery
-    ending = operations.join(run, operations.read_config(config, {**flags, **_broker_flags(broker)}, os.environ))
+    flags |= {"agent.run": run, **_broker_flags(broker)}
+    _show_ending(operations.join(operations.read_config(config, flags, os.environ)))
+
+
+def _show_ending(ending: Finish) -> None:
     if ending.exit_code:
         _fail(ending.text, ending.exit_code)
     typer.echo(ending.text)
+
+
+@app.command()
+def up(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the settings; else they are KSEED_ variables.")
+    ] = None,
+) -> None:
+    """Take part for good: wait for broker and run, stay when the run is over, come back after failures."""
+    from edge_client import operations
+
+    _show_ending(operations.up(operations.read_config(config, {}, os.environ)))
+
+
+for command in (owner_cli.status, owner_cli.pause, owner_cli.resume, owner_cli.finish, owner_cli.logs):
+    app.command()(command)
 
 
 System = Annotated[bool, typer.Option("--system", help="A service of the machine, not of this user; needs root.")]

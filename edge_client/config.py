@@ -22,6 +22,7 @@ MAX_THREADS = 1024
 class AgentConfig(msgspec.Struct, frozen=True):
     """Who this device is, and how patient."""
 
+    run: str = ""  # which to take part in; "": `join` names it
     device: str = ""  # "": made from the host's name
     metrics: Path | None = None  # a line of JSON per round is appended here
     state_dir: Path | None = None  # what must survive a kill; None: where this platform keeps such files
@@ -31,6 +32,8 @@ class AgentConfig(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.run:
+            check_id("the run's name", self.run)
         if self.device:
             check_id("device", self.device)
         for name in ("connect_timeout_s", "run_timeout_s"):
@@ -58,7 +61,7 @@ class KernelConfig(msgspec.Struct, frozen=True):
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything `kseed-edge join` reads."""
+    """Everything `kseed-edge` reads."""
 
     data: DataConfig
     agent: AgentConfig = AgentConfig()

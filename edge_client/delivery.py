@@ -94,7 +94,8 @@ def on_receipt(state: State, receipt: Receipt) -> Step:
     text = f"round {receipt.round}: {_sentence(code, receipt.detail)}"
     noted = replace(state, receipt=code)
     if consequence == "counts":
-        return replace(noted, work=Settled()), (Say(f"round {receipt.round}: update {code.name.lower()}"),)
+        said = Say(f"round {receipt.round}: update {code.name.lower()}")
+        return replace(noted, work=Settled(), accepted=receipt.round), (said,)
     if consequence in ("again", "closed"):
         interval_s = min(work.interval_s, state.identity.limits.resend_max_s)
         later = Sending(work.update, state.now_s + interval_s, 2 * interval_s)  # the receipt shows that it arrived

@@ -115,6 +115,13 @@ class Leave:
 
 
 @dataclass(frozen=True)
+class LeaveAfterRound:
+    """The owner wants the agent to stop when the round under way is finished and sent, or no longer wants it."""
+
+    is_wanted: bool
+
+
+@dataclass(frozen=True)
 class Taken:
     """The broker has the latest publication of this kind (update or presence)."""
 
@@ -130,7 +137,9 @@ class NotTaken:
 
 
 NetworkEvent = Union[Connected, Disconnected, Taken, NotTaken, Heard, Garbled]
-DeviceEvent = Union[ModelReady, Rebuilt, Trained, TrainingFailed, Evaluated, GateChanged, Tick, Broken, Leave]
+DeviceEvent = Union[
+    ModelReady, Rebuilt, Trained, TrainingFailed, Evaluated, GateChanged, Tick, Broken, Leave, LeaveAfterRound
+]
 Event = Union[NetworkEvent, DeviceEvent]
 
 

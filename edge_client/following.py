@@ -192,13 +192,13 @@ def on_change(state: State, change: Change) -> Step:
 
 def begin(state: State) -> Step:
     """Load the model once run and plan are known; then pursue the plan."""
-    if state.run is None or state.plan is None:
+    if state.run is None or state.plan is None or state.is_leaving:
         return state, ()
     if state.model == "none":
         if isinstance(state.work, Sending):  # loading takes long, and nothing is to be computed before its receipt
             return state, ()
         if state.plan.phase == "finished":
-            return state, (Finish(EXIT_LEFT, _finished_text(state, state.plan)),)
+            return _after_end(state, state.plan)
         if state.pause is not None:
             return state, ()
         return replace(state, model="loading"), (LoadModel(state.run),)
@@ -210,7 +210,7 @@ def pursue(state: State) -> Step:
     plan = state.plan
     if state.model != "ready" or plan is None or not isinstance(state.work, (Waiting, Fetching)):
         return state, ()
-    if state.pause is not None or plan.phase == "paused":
+    if state.pause is not None or plan.phase == "paused" or state.is_leaving:
         return state, ()
     if plan.phase == "open" and not _is_selected(state, plan):
         text = f"round {plan.round}: this device is not selected; waiting for the next round"
@@ -267,6 +267,14 @@ def _ended(state: State, plan: Plan) -> Step:
         CloseRound(plan.round, None),
         Finish(EXIT_LEFT, _finished_text(state, plan)),
     )
+
+
+def _after_end(state: State, plan: Plan) -> Step:
+    text = _finished_text(state, plan)
+    if not state.identity.limits.waits_after_end:
+        return state, (Finish(EXIT_LEFT, text),)
+    said = () if isinstance(state.work, Settled) else (Say(f"{text}; waiting for it to go on"),)
+    return replace(state, work=Settled(is_selected=False)), said
 
 
 def _finished_text(state: State, plan: Plan) -> str:

@@ -24,7 +24,7 @@ DISK_FACTOR = 1.1
 CHARGE_MARGIN = 5.0  # percentage points
 HEAT_MARGIN_C = 10.0
 
-Cause = Literal["memory", "disk", "heat", "mains", "charge", "hours", "metered", "cpu", "gpu"]
+Cause = Literal["memory", "disk", "heat", "mains", "charge", "hours", "metered", "cpu", "gpu", "owner"]
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -53,6 +53,14 @@ class Limits(msgspec.Struct, frozen=True):
         if self.temperature_limit_c != 0 and not 30 <= self.temperature_limit_c <= 150:
             raise UserError(f"temperature_limit_c is {self.temperature_limit_c}; allowed are 0 (no limit), 30 to 150.")
         hours.spans(self.hours)
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What the owner asked the agent to do, until they ask for something else. Times in unix seconds."""
+
+    kind: Literal["pause", "finish"]  # finish: leave when the round under way is finished and sent
+    asked_at_s: float
+    until_s: float | None = None  # of a pause; None: until it is resumed
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,21 @@ def decide(readings: Readings, limits: Limits, moment: Moment, before: Standing)
     if now and before.pause and now.cause == before.pause.cause:
         now = before.pause
     return replace(standing, pause=now)
+
+
+def owners_pause(wish: Wish | None, moment: Moment) -> Pause | None:
+    """The pause that the owner asked for, while it lasts. It holds where the limits are switched off too."""
+    now_s = moment.local.timestamp()
+    if wish is None or wish.kind != "pause" or (wish.until_s is not None and now_s >= wish.until_s):
+        return None
+    until = "" if wish.until_s is None else f" at {_time_text(wish.until_s, moment)}, or"
+    asked = _time_text(wish.asked_at_s, moment)
+    return Pause("owner", f"Its owner paused it at {asked}.", f"Work goes on{until} with kseed-edge resume.")
+
+
+def _time_text(unix_s: float, moment: Moment) -> str:
+    local = datetime.fromtimestamp(unix_s)
+    return f"{local:%H:%M}" if local.date() == moment.local.date() else f"{local:%Y-%m-%d %H:%M}"
 
 
 def _needed_s(load: Reading[float], limit: float, moment: Moment, before_s: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -60,14 +61,17 @@ def byte_text(count: int) -> str:
 class Screen:
     """A text stream: lines that stay and, on a terminal, one line below them that is rewritten in place."""
 
-    def __init__(self, stream: TextIO, *, is_terminal: bool) -> None:
+    def __init__(self, stream: TextIO, *, is_terminal: bool, log: Callable[[str], None] = lambda line: None) -> None:
+        """log: gets the lines that stay too."""
         self._stream = stream
+        self._log = log
         self._is_terminal = is_terminal
         self._live = ""
         self._drawn_s = float("-inf")
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        self._log(text)
         if self._is_terminal and self._live:
             self._stream.write(f"{CLEAR_LINE}{text}\n{self._live}")
         else:

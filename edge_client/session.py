@@ -18,7 +18,6 @@ from typing_extensions import assert_never
 
 from edge_client.delivery import on_receipt, on_trained, on_training_failed, send_if_due, send_now
 from edge_client.events import (
-    EXIT_LEFT,
     EXIT_UNAVAILABLE,
     EXIT_USER,
     Action,
@@ -35,6 +34,7 @@ from edge_client.events import (
     Keep,
     Kept,
     Leave,
+    LeaveAfterRound,
     ModelReady,
     NetworkEvent,
     NotTaken,
@@ -58,6 +58,7 @@ from edge_client.following import (
     on_time,
 )
 from edge_client.joining import on_garbled, on_model_ready, on_run
+from edge_client.leaving import leave_when_done, on_leave, on_leave_after_round
 from edge_client.presence import announce, on_presence, presence, taken
 from edge_client.state import Evaluating, Identity, Patience, Sending, State, Step, Training, waiting
 from shared.errors import PeerError
@@ -83,6 +84,7 @@ def step(state: State, event: Event) -> Step:
             state, actions = _on_network(state, event)
         case _:
             state, actions = _on_device(state, event)
+    actions = leave_when_done(state, actions)
     if (after := waiting(state)) != before:
         actions = (Forget() if after is None else Keep(after), *actions)
     for number, action in enumerate(actions):
@@ -143,7 +145,9 @@ def _on_device(state: State, event: DeviceEvent) -> Step:
         case Broken(exit_code, text):
             return state, (Finish(exit_code, text),)
         case Leave():
-            return state, (Finish(EXIT_LEFT, _leave_text(state)),)
+            return on_leave(state)
+        case LeaveAfterRound():
+            return on_leave_after_round(state, event)
         case _:
             assert_never(event)
 
@@ -286,9 +290,3 @@ def _on_gate(state: State, event: GateChanged) -> Step:
     state, announced = announce(replace(state, pause=event.reason))
     state, actions = begin(state)
     return state, (said, *announced, *actions)
-
-
-def _leave_text(state: State) -> str:
-    if isinstance(state.work, Sending):
-        return f"left run {state.identity.run!r}; the update of round {state.work.update.round} has no receipt yet"
-    return f"left run {state.identity.run!r}"

@@ -24,6 +24,7 @@ class Limits:
     overdue_s: float = 30.0  # past the deadline without a word: ask for the plan again; doubles
     overdue_max_s: float = 3600.0
     conclude_share: float = 0.9  # of the time to the deadline; then a slow device sends what it has
+    waits_after_end: bool = False  # a run that is finished when the agent comes may go on one day
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,11 @@ class State:
     kept: Kept | None = None  # from an earlier life of this agent, until a plan shows whether it still counts
     work: Work = Waiting()
     receipt: Refusal | None = None  # last one in this round
+    accepted: int | None = None  # the last round whose update counts
     suspect_from: int | None = None  # after DIVERGED: first round whose update is built on a fresh snapshot
     pause: str | None = None  # the gate's reason
     has_grumbled: bool = False  # said that the run has no plan
+    is_leaving: bool = False  # when the round under way is finished and sent
     is_finished: bool = False
 
 

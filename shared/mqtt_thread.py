@@ -52,6 +52,7 @@ class NetworkThread:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._outgoing = Outgoing(most_in_flight)
+        self._sent_s: dict[int, float] = {}  # by token, of what is in flight
         self._filters: dict[str, None] = {}
         self._unsent: dict[str, None] = {}  # filters whose last change the broker has not confirmed
         self._link: Link | None = None
@@ -168,8 +169,8 @@ class NetworkThread:
                 self._send_filter(link, topic_filter)
         elif isinstance(event, Answered):
             if self._outgoing.settle(event.token):
-                failure = event.failure
-                self.events.put(Undelivered(event.token, failure) if failure else Delivered(event.token))
+                failure, took_s = event.failure, time.monotonic() - self._sent_s.pop(event.token)
+                self.events.put(Undelivered(event.token, failure) if failure else Delivered(event.token, took_s))
         elif isinstance(event, Arrived):
             self._arrived_bytes += len(event.payload)
             acknowledge = partial(self.post, partial(link.acknowledge, event.packet_id))
@@ -186,6 +187,7 @@ class NetworkThread:
 
     def _ended(self, ended: Ended) -> None:
         given_up = self._outgoing.lost()
+        self._sent_s.clear()
         if given_up is not None:
             self.events.put(given_up)
         reason, now_s = ended.reason, time.monotonic()
@@ -228,6 +230,7 @@ class NetworkThread:
             if isinstance(item, Undelivered):
                 self.events.put(item)
             else:
+                self._sent_s[item.token] = time.monotonic()
                 link.publish(item)
 
     def _send_filter(self, link: Link, topic_filter: str) -> None:

@@ -26,6 +26,7 @@ from edge_client.outbox import Outbox
 from edge_client.progress import Screen
 from edge_client.state import Identity, Limits
 from edge_client.tally import MetricsFile
+from edge_client.telling import Teller
 from shared import steprule
 from shared.directions import add_displacement, displacement
 from shared.faults import Faults
@@ -169,6 +170,9 @@ class SmallFleet:
         metrics: Path | None = None,
         limits: Limits | None = None,
         outbox: Outbox | None = None,
+        log: Callable[[str], None] = lambda line: None,
+        teller: Teller | None = None,
+        is_asked_to_finish: Callable[[], bool] = lambda: False,
     ) -> Agent:
         """A new agent process of that id, connecting."""
         self._sessions += 1
@@ -179,12 +183,14 @@ class SmallFleet:
             self.network.transport(device, will=session.will(identity)),
             trainer or LinearTrainer(device),
             clock=Clock(lambda: self.now_s, self.unix_ms),
-            screen=Screen(screen, is_terminal=False),
+            screen=Screen(screen, is_terminal=False, log=log),
             gate=gate,
             energy_j=energy_j,
             rest_s=rest_s,
             metrics=MetricsFile(metrics),
             outbox=outbox,
+            teller=teller,
+            is_asked_to_finish=is_asked_to_finish,
         )
         agent.start()
         return agent

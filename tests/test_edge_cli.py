@@ -262,11 +262,14 @@ def test_unknown_run_is_named_with_its_broker(join, data, mosquitto, monkeypatch
 
 @needs_mosquitto
 @pytest.mark.broker
-def test_two_agents_with_one_id_end_with_a_clear_line_and_exit_code_3(data, mosquitto):
+def test_two_agents_with_one_id_end_with_a_clear_line_and_exit_code_3(data, mosquitto, tmp_path):
     words = ("join", "spring", "--data", data, "--broker", f"{mosquitto.host}:{mosquitto.port}", "--wait")
     first = started(*words, "--device", "ann")
     read_until(first, "connected to")
-    second = started(*words, "--device", "ann")
+    code, out, err = ended(started(*words, "--device", "ann"))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: an agent of this device and run is at work here already")
+    second = started(*words, "--device", "ann", "--state-dir", tmp_path / "of another machine")
     read_until(second, "connected to")
     code, _, err = ended(first)
     assert code == 3
