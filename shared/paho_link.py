@@ -33,7 +33,7 @@ LARGEST_PACKET_BYTES = 16 * 2**20
 # How many messages the broker sends ahead of our acknowledgements, which may wait for a disk.
 MOST_UNACKNOWLEDGED = 100
 # How long an acknowledgement waits for others, where bytes are to be saved: a segment and its TLS record cost 74 bytes,
-# it has 4. Less than the 40 ms after which Linux acknowledges the segment itself. At most so many: the broker waits too.
+# it has 4. Less than the 40 ms after which Linux acknowledges the segment itself. At most so many: the broker waits.
 _HOLD_ACKNOWLEDGEMENTS_S = 0.02
 _MOST_HELD = 16
 _QOS = 1
