@@ -51,6 +51,9 @@ def join(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file [what the run names].")] = None,
     torch_device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, mps [cpu].")] = None,
+    load_in: Annotated[
+        str | None, typer.Option(help="4bit or 8bit packs the linear layers; unpacked, auto [auto].")
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="auto, instruction, chat, label or question [auto].")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt with {field} in it [the shape's own].")] = None,
     chat_template: Annotated[
@@ -162,6 +165,7 @@ _SETTINGS = {
     "wait": "agent.wait",
     "connect_timeout": "agent.connect_timeout_s",
     "model": "model.source",
+    "load_in": "model.load_in",
     "torch_device": "model.device",
     "kernel": "kernel.name",
     "threads": "kernel.threads",

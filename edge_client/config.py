@@ -46,6 +46,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
 
     source: str = ""  # hub id, folder or GGUF file; "": what the run names
     device: str = "cpu"  # of torch: cpu, cuda, cuda:1, mps
+    # 4bit, 8bit: linear layers stay packed (bitsandbytes); unpacked: never; auto: as the checkpoint has them
+    load_in: Literal["auto", "4bit", "8bit", "unpacked"] = "auto"
 
 
 class KernelConfig(msgspec.Struct, frozen=True):

@@ -52,12 +52,16 @@ class ModelTrainer:
         self._say = say
         self._portions = Portions("local step", say)
         self._evaluated = Portions("held-out evaluation", say, EVALUATED_AT_ONCE)
-        self._load = load or (lambda run: load_model(model.source or run.model, run.dtype, model.device))
+        self._load = load or self._load_model
 
     def load(self, run: Run) -> ModelReady:
         """Load model and data for `run`. Raises UserError where one of them is unusable or does not fit."""
         with must_fit(f"{self._model.source or run.model} does not fit into the memory of {self._model.device}"):
             return self._load_all(run)
+
+    def _load_model(self, run: Run) -> LoadedModel:
+        model = self._model
+        return load_model(model.source or run.model, run.dtype, model.device, load_in=model.load_in, say=self._say)
 
     def _load_all(self, run: Run) -> ModelReady:
         if self._kernel.threads:
