@@ -7,7 +7,7 @@ The base weights are taken out of the modules and never written. In their place 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -250,10 +250,19 @@ class Overlay:
                 hashed.update(part.view(torch.uint8).cpu().numpy().data)
         return hashed.digest()
 
-    def _attach(self) -> None:
-        for tuned in self._tensors:
-            weights = self._weights[tuned.name]
-            self._place_one(tuned, Placeholder(weights, 0, weights.shape, weights.base.dtype, weights.base.device))
+    @contextmanager
+    def placed(self, make: Callable[[BaseWeights, int], Placeholder]) -> Iterator[None]:
+        """While it lasts, `make` of the weights and their number in the manifest stands for each tensor."""
+        self._check_idle()
+        try:
+            self._attach(make)
+            yield
+        finally:
+            self._attach()
+
+    def _attach(self, make: Callable[[BaseWeights, int], Placeholder] = lambda weights, _: _plain(weights)) -> None:
+        for number, tuned in enumerate(self._tensors):
+            self._place_one(tuned, make(self._weights[tuned.name], number))
 
     def _place_one(self, tuned: Tuned, parameter: Tensor) -> None:
         for module, attribute in tuned.places:
@@ -272,3 +281,7 @@ class Overlay:
         if self._is_probing or not self._is_attached:
             why = "inside a probe" if self._is_probing else "after write_out or detach"
             raise RuntimeError(f"the overlay cannot do this {why}")
+
+
+def _plain(weights: BaseWeights) -> Placeholder:
+    return Placeholder(weights, 0, weights.shape, weights.base.dtype, weights.base.device)

@@ -74,7 +74,7 @@ def measured(source: str, way: Way) -> Peak:
     from edge_client.model import load_model
 
     import_everything = choose("cpu", "torch" if way == "inference" else way)
-    imports_mb = _status_mb("VmRSS")
+    imports_mb = status_mb("VmRSS")
     model = load_model(source, "bf16").model
     batch = batch_of(int(model.config.vocab_size))
     work = forwards_of(model, batch, 2)
@@ -83,10 +83,11 @@ def measured(source: str, way: Way) -> Peak:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes what is held now
     for _ in range(_STEPS):
         work()
-    return Peak(imports_mb, _status_mb("VmHWM"))
+    return Peak(imports_mb, status_mb("VmHWM"))
 
 
-def _status_mb(field: str) -> float:
+def status_mb(field: str) -> float:
+    """A field of /proc/self/status, such as VmRSS, in MB. Raises UserError where there is none."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024 / 1e6

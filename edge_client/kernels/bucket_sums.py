@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_client.kernels import Kernel
-from edge_client.kernels.torch_any import SIGN_STREAM, _counters, _cut, _pieces, _signs, _words
-from shared.directions import BUCKET_STREAM, buckets, signs
+from edge_client.kernels.torch_any import _counters, _cut, _pieces, _signs, _words
+from shared.directions import BUCKET_STREAM, SIGN_STREAM, buckets, signs
 
 PART = 1 << 20  # elements summed in float32; parts are added in float64
 
