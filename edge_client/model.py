@@ -16,6 +16,7 @@ import torch
 
 from edge_client import packed
 from edge_client.kernels import choose
+from edge_client.shortage import is_out_of_memory
 from edge_client.tuned import DTYPES
 from shared.errors import UnavailableError, UserError
 from shared.messages import WeightDtype
@@ -188,7 +189,7 @@ def _load_weights(
     config = reading(found, lambda: AutoConfig.from_pretrained(found.name, **found.arguments))
     width = packed.width_of(config)
     if width is None and load_in in ("auto", "unpacked"):
-        model = _from_pretrained(found, dtype)
+        model = from_pretrained(found, dtype)
         return _ready(model, dtype, where)
     if width is not None and load_in in ("4bit", "8bit") and load_in != width:
         raise UserError(f"{found.given!r} is packed in {width} already; it cannot be loaded in {load_in}.")
@@ -222,7 +223,7 @@ def _packed(
     arguments: dict[str, Any] = {"device_map": {"": where}}
     if width is None and load_in != "auto" and load_in != "unpacked":
         arguments["quantization_config"] = packed.quantising(load_in, dtype)
-    model = _from_pretrained(found, dtype, **arguments)
+    model = from_pretrained(found, dtype, **arguments)
     layers = packed.keep_packed(model, dtype, where, choose(where).kernel)
     done = "quantised now, other devices may do it otherwise" if width is None else "as the checkpoint has them"
     say(f"model: {layers} linear layers stay packed in {width or load_in} ({done}), everything else in {dtype}")
@@ -262,7 +263,8 @@ def _stored(found: Source) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _from_pretrained(found: Source, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+def from_pretrained(found: Source, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    """What transformers makes of `found`, with `more` arguments. Raises UserError where weights are missing."""
     import transformers
 
     arguments = {_dtype_keyword(): dtype, **found.arguments, **more}
@@ -301,9 +303,9 @@ def reading(found: Source, read: Any, what: str = "model") -> Any:
     """What `read` returns; its errors as ours, whatever they are: parsers of five formats raise all kinds."""
     try:
         return read()
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         text = _first_line(error)
         if isinstance(error, OSError) and ("connect" in str(error).lower() or "offline" in str(error).lower()):
             raise UnavailableError(

@@ -99,12 +99,8 @@ def keep_packed(model: nn.Module, dtype: torch.dtype, device: torch.device, kern
     """
     scratch = Scratch(dtype, device)
     standing: dict[int, Placeholder] = {}  # tied weights once
-    layers = {name: module for name, module in model.named_modules() if type(module).__name__ in _LAYERS}
-    if not layers:
-        raise UserError("no layer of this model can be packed. Load it without --load-in.")
-    for name, module in layers.items():
-        _check_orientation(name, getattr(module, "source_cls", nn.Linear))
-        layer: Any = module
+    layers = layers_of(model)
+    for name, layer in layers.items():
         if id(layer.weight) not in standing:
             shape = torch.Size((layer.out_features, layer.in_features))
             packed = checked(name, _taken(layer), shape.numel())
@@ -114,6 +110,18 @@ def keep_packed(model: nn.Module, dtype: torch.dtype, device: torch.device, kern
         _replace(model, name, _linear(layer, standing[id(layer.weight)]))
     forget_packing(model)
     return len(layers)
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers that bitsandbytes packed, by name. Raises UserError where there are none, or one cannot be tuned."""
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if type(module).__name__ in _LAYERS
+    }
+    if not layers:
+        raise UserError("no layer of this model can be packed. Load it without --load-in.")
+    for name, layer in layers.items():
+        _check_orientation(name, getattr(layer, "source_cls", nn.Linear))
+    return layers
 
 
 def forget_packing(model: Any) -> None:

@@ -15,7 +15,7 @@ from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
 
 app = typer.Typer(
-    help="Tools of kseed: demo, bandwidth, export, generate, fetch-model, manifest, soak, vectors, bench.",
+    help="Tools of kseed: demo, bandwidth, export, generate, fetch-model, manifest, quantise, soak(-yield), vectors, bench.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -54,6 +54,20 @@ def manifest(
     from tools.manifest import write_manifest
 
     print(write_manifest(model, dtype, output, name=name or model))
+
+
+@app.command()
+def quantise(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the base model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")],
+    load_in: Annotated[Literal["4bit", "8bit"], typer.Option(help="How the linear layers are packed.")] = "4bit",
+    kind: Annotated[Literal["nf4", "fp4"], typer.Option(help="The numbers that 4 bits stand for.")] = "nf4",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights that are not packed.")] = "bf16",
+) -> None:
+    """Quantise a base once, for a run whose devices keep it packed; `kseed manifest` reads the folder."""
+    from tools.quantise import quantise as run
+
+    print(run(model, output, width=load_in, kind=kind, dtype=dtype))
 
 
 @app.command()
@@ -145,6 +159,29 @@ def soak(
 
     report = run_soak(SoakSettings(out, seed, minutes, kills), _note)
     _tell(msgspec.json.encode(report).decode() if as_json else soak_text(report))
+    raise typer.Exit(0 if report.is_well else 1)
+
+
+@app.command("soak-yield")
+def soak_yield(
+    seed: Annotated[int, typer.Option(help="Of the schedule of loads.")] = 1,
+    minutes: Annotated[float, typer.Option(help="How long loads come and go.")] = 30.0,
+    quiet_s: Annotated[
+        float, typer.Option("--quiet", help="Seconds of [gate] quiet_s: 180 is the default there.")
+    ] = 20.0,
+    others_percent: Annotated[float, typer.Option(help="[gate] others_cpu_percent.")] = 25.0,
+    model: Annotated[Path | None, typer.Option(help="A model's folder; a tiny one if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for logs, metrics and report.")] = Path("kseed-soak-yield"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Let real loads come and go beside an agent at work; exit code 1 if it does not get out of their way."""
+    import msgspec
+
+    from tools.soak_yield import YieldSettings, run_soak_yield
+    from tools.yield_report import yield_text
+
+    report = run_soak_yield(YieldSettings(out, seed, minutes, quiet_s, others_percent, model), _note)
+    _tell(msgspec.json.encode(report).decode() if as_json else yield_text(report))
     raise typer.Exit(0 if report.is_well else 1)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from shared.delta import read_delta
-from shared.errors import UserError
+from tools.checkpoint import check_free, save_whole
 
 
 def export_checkpoint(model: str, delta_file: Path, output: Path) -> str:
@@ -16,23 +15,10 @@ def export_checkpoint(model: str, delta_file: Path, output: Path) -> str:
     not fit `model`, or the folder cannot be written.
     """
     delta = read_delta(delta_file)
-    _check_free(output)
+    check_free(output)
     from tools.tuned_model import apply_delta, load_base
 
     tuned = apply_delta(load_base(model, delta.dtype), delta, str(delta_file))
     tuned.overlay.write_out()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}-") as scratch:
-            part = Path(scratch) / "checkpoint"
-            tuned.loaded.model.save_pretrained(part)
-            tuned.loaded.tokenizer.save_pretrained(part)
-            part.replace(output)
-    except OSError as error:
-        raise UserError(f"{output}: the checkpoint cannot be written: {error}. Choose another folder.") from error
+    save_whole(tuned.loaded, output)
     return f"{output}: {delta.model} with version {delta.version} of run {delta.run}, in {delta.dtype}"
-
-
-def _check_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already and not an empty folder; choose another --output.")
