@@ -15,7 +15,7 @@ from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
 
 app = typer.Typer(
-    help="Tools of kseed: demo, bandwidth, export, generate, fetch-model, manifest, quantise, soak(-yield), vectors, bench.",
+    help="Tools of kseed: demo, quantise, manifest, export, generate, fetch-model, bandwidth, bench, soak, vectors.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
