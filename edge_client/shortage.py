@@ -12,8 +12,14 @@ import torch
 from edge_client.data.batches import Batch
 from shared.errors import UserError
 
-# What the allocators of torch (CPU on Linux, on Windows, MPS) and cuBLAS say; only CUDA's has a type of its own.
-SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
+# What the allocators of torch (CPU on Linux, on Windows, MPS), mmap and cuBLAS say; only CUDA's has a type of its own.
+SAYINGS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cublas_status_alloc_failed",
+)
 T = TypeVar("T")
 
 
