@@ -89,8 +89,12 @@ def read_config(file: Path | None, flags: Mapping[str, Any], env: Mapping[str, s
     return load(EdgeConfig, file=file, env=env, flags=flags, other_sections=AGGREGATOR_SECTIONS)
 
 
-def check_data(config: DataConfig) -> None:
-    """Raise UserError where the data is missing, empty, malformed or of no known shape; needs no model."""
+def check_data(config: DataConfig) -> int:
+    """How many records there are, held-out ones of another source included; needs no model.
+
+    Raises UserError where the data is missing, empty, malformed or of no known shape.
+    """
+    count = 0
     for source in filter(None, (config.source, config.held_out_source)):
         records = read_records(source, split=config.split, subset=config.subset)
         shape = detect_shape(records[0], config.fields)[0] if config.shape == "auto" else SHAPES[config.shape]
@@ -99,6 +103,8 @@ def check_data(config: DataConfig) -> None:
             reader.value(record, shape.learned)
             if not config.template:
                 reader.value(record, shape.asked)
+        count += len(records)
+    return count
 
 
 def _limits(config: EdgeConfig) -> Limits:

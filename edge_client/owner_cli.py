@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.json import encode
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file that the agent was started with.")]
@@ -35,6 +36,26 @@ def status(
     seen = owner.see(owner.find_board(config, state_dir, run, device, os.environ), time.time())
     typer.echo(seen.as_json() if json else "\n".join(lines(seen)))
     raise typer.Exit(seen.exit_code)
+
+
+def doctor(
+    config: Config = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs torch.")] = False,
+    json: Json = False,
+) -> None:
+    """Check everything the agent needs, one thing after the other, and say what to do about what fails.
+
+    Ends with 1 where something failed.
+    """
+    from edge_client.doctor import check, checks
+
+    findings = []
+    for finding in checks.findings(config, os.environ, is_quick=quick):
+        findings.append(finding)
+        if not json:
+            typer.echo("\n".join(check.lines(finding, checks.WIDTH)))
+    typer.echo(encode(check.as_plain(findings)).decode() if json else check.summary(findings))
+    raise typer.Exit(any(finding.verdict == "failed" for finding in findings))
 
 
 def pause(

@@ -221,8 +221,8 @@ def _limits(limits: Limits) -> dict[str, str]:
         "gpu_others": (limits.others_gpu_percent, "limit {:.0f} %"),
     }
     said = {name: text.format(limit) for name, (limit, text) in numbers.items() if limit}
-    said |= {"on_battery": "no work then"} if limits.pause_on_battery else {}
-    return said | ({"metered": "no work then"} if limits.pause_on_metered else {})
+    said |= {"on_battery": "pauses on it"} if limits.pause_on_battery else {}
+    return said | ({"metered": "pauses on one that is"} if limits.pause_on_metered else {})
 
 
 def tell_failure(board: Board, text: str, unix_ms: int) -> None:

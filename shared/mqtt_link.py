@@ -30,6 +30,7 @@ class Accepted:
     session_present: bool
     receive_maximum: int | None
     largest_packet_bytes: int | None
+    keepalive_s: int | None = None  # that it wants in place of ours
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ class PahoLink:
                 flags.session_present,
                 getattr(properties, "ReceiveMaximum", None),  # paho 2.2.0 itself never looks at these two
                 getattr(properties, "MaximumPacketSize", None),
+                getattr(properties, "ServerKeepAlive", None),
             )
         )
 
