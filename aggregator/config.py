@@ -32,7 +32,7 @@ AlgorithmName = Literal["fedkseed", "fedkseed-pro"]
 Weighting = Literal["samples", "equal"]
 LatePolicy = Literal["refuse", "fold"]
 
-EDGE_SECTIONS = ("agent", "caps", "data", "gate", "kernel", "model")  # of the same file, read by kseed-edge
+EDGE_SECTIONS = ("agent", "budget", "caps", "data", "gate", "kernel", "model")  # of the same file, read by kseed-edge
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from typing_extensions import assert_never
 
@@ -39,6 +40,7 @@ from edge_client.events import (
     Unsubscribe,
 )
 from edge_client.jobs import Job, Report, StepReport, Trainer
+from edge_client.ledger import Ledger
 from edge_client.outbox import Outbox
 from edge_client.progress import Screen, Status, activity, status_line
 from edge_client.reading import Sent, read
@@ -80,6 +82,7 @@ class Agent:
         teller: Teller | None = None,
         metrics: MetricsFile | None = None,
         outbox: Outbox | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.ending: Finish | None = None
         self._outbox = outbox
@@ -97,6 +100,7 @@ class Agent:
         self._teller = teller or NoTeller()
         self._rest_until_s = clock.now_s()
         self._metrics = metrics or MetricsFile(None)
+        self._ledger = ledger or Ledger(transport, lambda: datetime.fromtimestamp(clock.unix_ms() / 1000))
         self._tally = Tally(transport.traffic(), energy_j())
         self._job: Job | None = None
         self._sent = Sent()
@@ -132,13 +136,15 @@ class Agent:
         self._drop_job()
         self._screen.end()
         self._transport.close()
+        self._ledger.today()
+        self._ledger.save()
         self._tell()
 
     def run_once(self, timeout_s: float) -> bool:
         """Hear what there is (idle: wait up to `timeout_s` seconds for it), then do one step; False at the end."""
         self._tick()
         if not self._may_work:
-            self._feed(GateChanged(self._gate()))  # a plan that comes in now may load or rebuild the model
+            self._look_at_gate()  # a plan that comes in now may load or rebuild the model
         wait_s = 0.0 if self._may_work or self._is_leaving else timeout_s
         if self._rest_left_s > 0:
             wait_s = min(wait_s, self._rest_left_s)
@@ -148,7 +154,7 @@ class Agent:
         self._tick()
         self._feed(Leave() if self._is_leaving else LeaveAfterRound(self._is_asked_to_finish()))
         if self._may_work:
-            self._feed(GateChanged(self._gate()))
+            self._look_at_gate()
         if self._may_work:
             self._work()
         if self._screen.is_due(now_s := self._clock.now_s()):
@@ -156,6 +162,9 @@ class Agent:
         if self._teller.is_due(self.state, self._report):
             self._tell()
         return not self.state.is_finished
+
+    def _look_at_gate(self) -> None:
+        self._feed(GateChanged(self._gate() or self._ledger.pause(self.state)))
 
     @property
     def _may_work(self) -> bool:
@@ -193,7 +202,7 @@ class Agent:
     def _perform(self, action: Action) -> Event | None:
         match action:
             case Subscribe(topic):
-                self._transport.subscribe(str(topic))
+                self._ledger.subscribe(topic)
             case Unsubscribe(topic):
                 self._transport.unsubscribe(str(topic))
             case Publish(topic, message, retain):
@@ -283,6 +292,7 @@ class Agent:
             unix_ms=self._clock.unix_ms(),
             energy_j=self._energy_j(),
         )
+        self._ledger.round_over(metrics)
         self._screen.say(round_line(metrics))
         try:
             self._metrics.add(metrics)
@@ -290,8 +300,8 @@ class Agent:
             self._screen.say(f"warning: {error}")
 
     def _tell(self) -> None:
-        traffic, unix_ms = self._transport.traffic(), self._clock.unix_ms()
-        view = View(self.state, self._report, traffic, self._energy_j(), self._tally.digest, self.ending, unix_ms)
+        today, unix_ms = self._ledger.today(), self._clock.unix_ms()
+        view = View(self.state, self._report, today, self._energy_j(), self._tally.digest, self.ending, unix_ms)
         self._teller.tell(view)
 
     def _status(self) -> Status:

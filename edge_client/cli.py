@@ -47,7 +47,8 @@ def join(
         str | None, typer.Option("--device", "--device-id", help="This device's id [the host's name].")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with [agent], [model], [kernel], [data], [gate], [caps], [broker].")
+        Path | None,
+        typer.Option(help="TOML file with [agent], [model], [kernel], [data], [gate], [caps], [budget], [broker]."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file [what the run names].")] = None,
     torch_device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, mps [cpu].")] = None,
@@ -117,14 +118,7 @@ def up(
     _show_ending(operations.up(operations.read_config(config, {}, os.environ)))
 
 
-for command in (
-    owner_cli.status,
-    owner_cli.doctor,
-    owner_cli.pause,
-    owner_cli.resume,
-    owner_cli.finish,
-    owner_cli.logs,
-):
+for command in (owner_cli.status, owner_cli.pause, owner_cli.resume, owner_cli.finish, owner_cli.logs):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""Settings of the agent: [agent], [model], [kernel], [data], [gate], [caps] and [broker]; frozen, read once."""
+"""Settings of the agent: [agent], [model], [kernel], [data], [gate], [caps], [budget], [broker]; frozen, read once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from edge_client.byte_budget import ByteLimits
 from edge_client.caps import Caps
 from edge_client.data.settings import DataConfig
 from edge_client.policy import Limits as GateLimits
@@ -71,6 +72,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
     kernel: KernelConfig = KernelConfig()
     gate: GateLimits = GateLimits()
     caps: Caps = Caps()
+    budget: ByteLimits = ByteLimits()
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
+from datetime import datetime
 
+import msgspec
 import psutil
 
-from edge_client import session
+from edge_client import byte_budget, session
 from edge_client.agent import Agent, Clock
 from edge_client.board import Board
 from edge_client.config import EdgeConfig
@@ -19,6 +21,7 @@ from edge_client.events import Finish, ModelReady
 from edge_client.gate import Gate
 from edge_client.jobs import Job, Report
 from edge_client.kept_steps import KeptSteps, ResumingTrainer
+from edge_client.ledger import Ledger
 from edge_client.outbox import Outbox
 from edge_client.progress import Screen
 from edge_client.state import Identity, Limits
@@ -121,7 +124,18 @@ class Lives:
         config, board, say = self._place.config, self._place.board, self._screen.say
         owner = Owner(identity.broker, identity.run, identity.device)
         state_dir = board.folder.parent
-        transport = MqttTransport(config.broker, identity.device, will=session.will(identity), session_expiry_s=AWAY_S)
+        keepalive_s = byte_budget.keepalive_s(config.budget, config.broker.keepalive_s)
+        broker = msgspec.structs.replace(config.broker, keepalive_s=keepalive_s)
+        transport = MqttTransport(broker, identity.device, will=session.will(identity), session_expiry_s=AWAY_S)
+        budget = Ledger(
+            transport,
+            datetime.now,
+            limits=config.budget,
+            keepalive_s=keepalive_s,
+            folder=state_dir,
+            owner=owner,
+            say=say,
+        )
         kept = KeptSteps(state_dir, owner, say, time.monotonic)
         return Agent(
             identity,
@@ -137,6 +151,7 @@ class Lives:
             teller=Teller(board, config.gate, self._machine.read, say, self._started_at_ms),
             metrics=self._metrics,
             outbox=Outbox(state_dir, owner, say),
+            ledger=budget,
         )
 
 

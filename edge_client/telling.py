@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import msgspec
 
@@ -21,7 +20,7 @@ from edge_client.progress import activity
 from edge_client.state import Sending, State
 from edge_client.status import Accepted, AgentStatus, Layers, Measure, ModelStatus, StateName
 from edge_client.watching.machine import Readings
-from shared.transport import Delivered, TrafficCount
+from shared.transport import Delivered
 
 CHANGED_S, BUSY_S, IDLE_S = 0.5, 10.0, 60.0  # between two of them
 
@@ -32,7 +31,7 @@ class View:
 
     state: State
     report: Report | None
-    traffic: TrafficCount
+    bytes_today: Layers
     energy_j: float | None
     digest: bytes | None  # of the model that was rebuilt in this round
     ending: Finish | None
@@ -70,8 +69,6 @@ class Teller(NoTeller):
         before = read_status(board)
         self._last_accepted = before.last_accepted if before else None
         self._accepted: int | None = None  # of this life
-        self._bytes_before = before.bytes_today if before else Layers("")
-        self._counted: TrafficCount | None = None  # up to here, in _bytes_before
         self._round_trip: tuple[float, int] | None = None
         self._rebuilt: tuple[int, bytes] | None = None  # version and its digest
         self._told: tuple[object, ...] = ()
@@ -129,7 +126,7 @@ class Teller(NoTeller):
             trouble=link.trouble,
             round_trip_s=self._round_trip[0] if self._round_trip else None,
             round_trip_at_ms=self._round_trip[1] if self._round_trip else None,
-            bytes_today=self._bytes_today(view),
+            bytes_today=view.bytes_today,
             energy_j=view.energy_j,
             model=self._model(state),
             readings=measures(self._read(state.now_s), self._limits),
@@ -151,23 +148,6 @@ class Teller(NoTeller):
         version, digest = self._rebuilt or (None, b"")
         digests = (run.base_digest.hex(), run.manifest_digest.hex())
         return ModelStatus(run.model, run.dtype, *digests, version, digest.hex() or None)
-
-    def _bytes_today(self, view: View) -> Layers:
-        """Carried on from an earlier life of the same day; what crosses midnight counts for the new day."""
-        traffic, day = view.traffic, f"{datetime.fromtimestamp(view.unix_ms / 1000):%Y-%m-%d}"
-        spent = traffic.since(self._counted) if self._counted else traffic
-        fresh = Layers(
-            day,
-            spent.payload_sent_bytes,
-            spent.payload_received_bytes,
-            spent.mqtt_sent_bytes,
-            spent.mqtt_received_bytes,
-            spent.ip_sent_bytes,
-            spent.ip_received_bytes,
-        )
-        self._counted = traffic
-        self._bytes_before = self._bytes_before.plus(fresh) if self._bytes_before.day == day else fresh
-        return self._bytes_before
 
 
 def read_status(board: Board) -> AgentStatus | None:

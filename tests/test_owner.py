@@ -264,28 +264,6 @@ def test_an_agent_tells_its_life_from_start_to_end(tmp_path: Path) -> None:
     assert last.bytes_today.payload_sent > 0
 
 
-def test_bytes_of_a_day_outlive_the_agent_and_end_with_the_day(tmp_path: Path) -> None:
-    fleet = small(tmp_path, local_steps=2000, deadline_s=1e6)
-    agent, board = telling(fleet, tmp_path)
-    fleet.run_until(lambda: steps_of(agent) > 10)
-    agent.leave()
-    fleet.turn()
-    first = told(board).bytes_today
-    agent, board = telling(fleet, tmp_path)
-    fleet.run_until(lambda: steps_of(agent) > 10)
-    agent.leave()
-    fleet.turn()
-    second = told(board).bytes_today
-    assert second.day == first.day
-    assert second.payload_sent > first.payload_sent > 0
-    fleet.now_s += 86_400
-    agent, board = telling(fleet, tmp_path)
-    fleet.turn()
-    fleet.turn()
-    assert told(board).bytes_today.day > second.day
-    assert told(board).bytes_today.payload_sent < first.payload_sent
-
-
 def test_the_round_trip_is_that_of_the_broker(tmp_path: Path) -> None:
     fleet = small(tmp_path)
     agent, board = telling(fleet, tmp_path)
