@@ -56,7 +56,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     step_rms: float = 1e-3  # normalised: RMS change of a weight per step, at the start
     clip: float = 3.0  # normalised: in running RMS of the scalars
     decay: float = 0.99  # normalised: of the running mean square, per step
-    rise_tolerance: float = 0.02  # normalised: step_rms halves when held-out loss rises by more than this part
+    kept_promise: float = 0.3  # normalised: part of the fall that scalars promise; step_rms is steered to keep it; 0: off
     # The combination.
     algorithm: AlgorithmName = "fedkseed"
     weighting: Weighting = "samples"
@@ -119,7 +119,7 @@ def _check_numbers(config: RunConfig) -> None:
         "step_rms": (1e-12, MAX_STEP),
         "clip": (1e-3, MAX_STEP),
         "decay": (0.0, 0.9999),
-        "rise_tolerance": (0.0, 1e6),
+        "kept_promise": (0.0, 1.0),
         "server_lr": (1e-6, MAX_STEP),
         "quorum": (1, MAX_U32),
         "min_updates": (1, MAX_U32),

@@ -1,4 +1,10 @@
-"""The step rule from round to round: what the fleet's scalars and losses say about the next step."""
+"""The step rule from round to round: what the fleet's scalars and losses say about the next step.
+
+The scalars promise a fall of the loss: were it a plane, a step that changes a coefficient by d along a scalar g would
+lower it by |g d|. Where the loss curves, or the scalars are noise of their batches, less of the promise is kept. The
+part that is kept, by held-out loss, tells whether steps are too short or too long, whatever model, data and fleet are:
+a parabola keeps one half at the best step, and noise takes from that (trust regions; Conn, Gould & Toint 2000, 6.1).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,8 @@ from numpy.typing import NDArray
 from aggregator.config import RunConfig
 from shared.messages import NormalisedStep, PlainStep, StepRule
 
-SMALLEST_PART = 1.0 / 64  # step_rms never falls below this part of its first value
+SMALLEST_PART, LARGEST_PART = 1.0 / 64, 64.0  # of the first step_rms, which it never leaves
+SHRINK, GROW = 0.5, 1.5  # the most that one round changes step_rms by
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -22,7 +29,8 @@ class Fleet(msgspec.Struct, frozen=True):
     mean_square: float = 0.0  # of the fleet's scalars
     count: int = 0  # steps that the mean square stands for, at most `horizon`
     best_loss: float | None = None  # lowest held-out loss of any version
-    reference_loss: float | None = None  # a rise is a rise above this
+    reference_loss: float | None = None  # the last held-out loss that was measured
+    promised: float = 0.0  # fall of the loss since then, by the scalars
 
 
 class Magnitude(msgspec.Struct, frozen=True):
@@ -68,26 +76,40 @@ def after_round(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]
     weighted by samples, nats per token.
 
     The mean square is the median over devices of each one's mean square, so that one broken device cannot stop the
-    fleet, mixed with the old one by the number of steps behind each. step_rms halves when the loss rises above
-    `reference_loss` by more than `rise_tolerance`; the risen loss is then the reference, so one rise halves once.
+    fleet, mixed with the old one by the number of steps behind each. With `kept` the part of the promise that held-out
+    loss kept since it was measured last, step_rms is multiplied by sqrt(kept / config.kept_promise), within SHRINK
+    and GROW; it stays where `kept_promise` is 0.
     """
     if config.step == "plain":
         return msgspec.structs.replace(fleet, best_loss=_lower(fleet.best_loss, held_out_loss))
     mean_square, count = _mixed(config, fleet, magnitudes)
+    promised = _promised(config, fleet, magnitudes, mean_square)
     step_rms, reference = fleet.step_rms, fleet.reference_loss
-    if held_out_loss is not None:
-        if reference is None or held_out_loss < reference:
-            reference = held_out_loss
-        elif held_out_loss > reference + abs(reference) * config.rise_tolerance:
-            step_rms = max(step_rms / 2, config.step_rms * SMALLEST_PART)
-            reference = held_out_loss
+    if held_out_loss is None:
+        promised += fleet.promised
+    else:
+        if reference is not None and config.kept_promise and fleet.promised > 0.0:
+            kept = max(0.0, reference - held_out_loss) / fleet.promised
+            factor = min(GROW, max(SHRINK, math.sqrt(kept / config.kept_promise)))
+            longest = max(SMALLEST_PART * config.step_rms, fleet.step_rms * factor)
+            step_rms = min(LARGEST_PART * config.step_rms, longest)
+        reference = held_out_loss
     return Fleet(
         step_rms=step_rms,
         mean_square=mean_square,
         count=count,
         best_loss=_lower(fleet.best_loss, held_out_loss),
         reference_loss=reference,
+        promised=promised,
     )
+
+
+def _promised(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], mean_square: float) -> float:
+    """The fall of the loss that a round's steps promise: scalars of the fleet's RMS, each moved along by step_rms."""
+    if not magnitudes:
+        return 0.0
+    steps = sum(one.count for one in magnitudes) / len(magnitudes)
+    return config.server_lr * fleet.step_rms * steps * math.sqrt(mean_square)
 
 
 def _mixed(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]) -> tuple[float, int]:

@@ -34,6 +34,7 @@ class NaiveRun:
         self.extensions = self.opened_at = self.published_at = self.deadline_at = 0
         self.part = 1.0  # of the fleet, selected when a round opens; a run that never opens it or is over asks nobody
         self.step_rms, self.mean_square, self.count, self.reference = settings["step_rms"], 0.0, 0, None
+        self.promised = 0.0
         self.sums, self.counts = [0.0] * POOL, [1] * POOL
 
     # What happens. Each returns the receipts to send, as (device, round, code).
@@ -235,7 +236,7 @@ class NaiveRun:
         self._learn([self.accepted[name] for name in counted])
 
     def _learn(self, updates):
-        """The normalised rule's next step: the fleet's mean square, and half the step where the loss has risen."""
+        """The normalised rule's next step: the fleet's mean square, and a step that keeps its promises."""
         if self.settings["step"] == "plain":
             return
         scalars = [self._scalars(update) for update in updates]
@@ -245,16 +246,19 @@ class NaiveRun:
         total = self.count + steps
         self.mean_square = self.mean_square * (self.count / total) + median * (steps / total)
         self.count = min(total, max(1, round(1 / (1 - self.settings["decay"]))))
+        promise = self.settings["server_lr"] * self.step_rms * (steps / len(scalars)) * math.sqrt(self.mean_square)
         known = [update for update in updates if update["held_out_loss"] is not None]
         if not known:
+            self.promised += promise
             return
         weighed = sum(update["samples"] * Fraction(update["held_out_loss"]) for update in known)
         loss = float(weighed / sum(update["samples"] for update in known))
-        if self.reference is None or loss < self.reference:
-            self.reference = loss
-        elif loss > self.reference + abs(self.reference) * self.settings["rise_tolerance"]:
-            self.step_rms = max(self.step_rms / 2, self.settings["step_rms"] / 64)
-            self.reference = loss
+        if self.reference is not None and self.promised > 0 and self.settings["kept_promise"]:
+            kept = max(0.0, self.reference - loss) / self.promised
+            factor = min(1.5, max(0.5, math.sqrt(kept / self.settings["kept_promise"])))
+            first = self.settings["step_rms"]
+            self.step_rms = min(64 * first, max(first / 64, self.step_rms * factor))
+        self.reference, self.promised = loss, promise
 
     # What follows from the settings.
 
