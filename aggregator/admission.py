@@ -3,8 +3,11 @@
 sent again after its round closed        DUPLICATE, or DIVERGED where it was left out
 a round that is over, or is to come      STALE_ROUND, FUTURE_ROUND
 the plan does not select the device      NOT_SELECTED
+a change where the run takes none        FIRST_ORDER
 not 1..local_steps whole scalars         MALFORMED, SCALAR_COUNT (fewer than planned: an interrupted device)
 a number that is NaN or infinite         NON_FINITE
+a change's seeds, their number           MALFORMED, SEED_OUTSIDE_POOL, COEFFICIENT_COUNT
+a change longer than scalars can make    LARGE_CHANGE
 more samples than the run allows         WEIGHT_OUT_OF_RANGE
 the device's update is in, same bytes    DUPLICATE
 the device's update is in, other bytes   CONFLICT
@@ -20,13 +23,17 @@ import math
 
 from aggregator.accepted import fingerprint
 from aggregator.events import UpdateArrived
+from aggregator.schedule import step_rule
 from aggregator.spec import nonce, participation
 from aggregator.state import PastRound, State, past_round
+from shared.changes import read_change
 from shared.errors import PeerError
-from shared.messages import Update
+from shared.messages import StepRule, Update
+from shared.numbers import NUMBER_BYTES
 from shared.refusals import Refusal
 from shared.seeds import takes_part
-from shared.wire import SCALAR_BYTES, scalars_from_bytes
+from shared.steprule import check_length
+from shared.wire import scalars_from_bytes
 
 Verdict = tuple[Refusal, str]  # code and detail
 FULL_ROUND = 4  # times the quorum: then updates that do not count towards it must wait for the next round
@@ -78,12 +85,18 @@ def _too_late(past: PastRound, event: UpdateArrived) -> Verdict | None:
 
 
 def _wrong_numbers(state: State, event: UpdateArrived) -> Verdict | None:
-    update, config = event.update, state.spec.config
-    count, rest = divmod(len(update.scalars), SCALAR_BYTES[state.spec.facts.scalar_format])
-    if not rest and count > config.local_steps:  # before their values: PROTOCOL.md 5.5
+    update, config, facts = event.update, state.spec.config, state.spec.facts
+    if update.change is not None and not facts.first_order:
+        return Refusal.FIRST_ORDER, ""
+    count, rest = divmod(len(update.scalars), NUMBER_BYTES[facts.scalar_format])
+    if not rest and count > config.local_steps:  # before their values: PROTOCOL.md 5.4
         return Refusal.SCALAR_COUNT, f"{count} scalars; allowed: 1 to {config.local_steps}"
     try:
-        scalars_from_bytes(update.scalars, state.spec.facts.scalar_format)
+        if update.change is None:
+            scalars_from_bytes(update.scalars, facts.scalar_format)
+        else:
+            _, values = read_change(update.change, facts.scalar_format, facts.seeds)
+            check_length(values, _rule(state, update.round), config.local_steps)
     except PeerError as error:
         return error.refusal, error.detail
     measured = (update.train_loss, update.held_out_loss, update.held_out_accuracy)
@@ -92,6 +105,11 @@ def _wrong_numbers(state: State, event: UpdateArrived) -> Verdict | None:
     if not 1 <= update.samples <= config.max_samples:
         return Refusal.WEIGHT_OUT_OF_RANGE, f"{update.samples} samples; allowed: 1 to {config.max_samples}"
     return None
+
+
+def _rule(state: State, number: int) -> StepRule:
+    past = past_round(state, number)
+    return past.plan.step if past else step_rule(state.spec.config, state.fleet)
 
 
 def _conflict(state: State, event: UpdateArrived) -> Verdict | None:

@@ -1,6 +1,6 @@
-"""How a round's updates become the next coefficients: FedKSeed and FedKSeed-Pro (Qin et al., ICML 2024).
+"""What a round's updates add to the coefficients: FedKSeed and FedKSeed-Pro (Qin et al., ICML 2024).
 
-An algorithm is a frozen record with `init` and `apply(state, coefficients, contributions)`. Everything is float64
+An algorithm is a frozen record with `init` and `apply(state, contributions, seeds)`. Everything is float64
 and elementwise, devices in the order of their ids, so that a replay gives the same bits on every machine: no BLAS,
 no pairwise sums.
 """
@@ -15,27 +15,24 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import UserError
 from shared.seeds import significance_levels
-
-Coefficients = NDArray[np.float32]
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-class CombinationError(UserError):
-    """The updates of a round cannot be combined into finite coefficients; the round changes nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """One device's accepted update, replayed: n steps."""
+    """One device's accepted update, replayed: n steps, or a change of n coefficients."""
 
     device: str
     samples: int  # >= 1
-    seeds: NDArray[np.int64]  # (n,), drawn in step order
-    scalars: NDArray[np.float32]  # (n,)
-    deltas: NDArray[np.float32]  # (n,), what each step adds to its seed's coefficient
+    seeds: NDArray[np.int64]  # (n,), drawn in step order, or those of the change
+    scalars: NDArray[np.float32]  # (n,), or empty: a first-order device's change
+    deltas: NDArray[np.float32]  # (n,), what each step, or the change, adds to its seed's coefficient
     staleness: int = 0  # rounds between the one it was made for and the one it counts in
+
+    @property
+    def is_first_order(self) -> bool:
+        """True for a change in place of scalars."""
+        return not self.scalars.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +48,6 @@ class Contributions:
         """Those of a small round, sorted: by device, an older update of a device before a newer one."""
         ordered = sorted(contributions, key=lambda contribution: (contribution.device, -contribution.staleness))
         return cls(len(ordered), sum(contribution.samples for contribution in ordered), lambda: iter(ordered))
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """What a combination did."""
-
-    devices: int
-    steps: int
-    change_rms: float  # RMS change of a weight for orthogonal directions: the norm of the coefficients' change
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +68,7 @@ class Significance:
 
 
 State = Significance | None
-Applied = tuple[State, Coefficients, Diagnostics]
+Applied = tuple[State, NDArray[np.float64], int]  # the next state, what is added to the K coefficients, local steps
 
 
 class Algorithm(Protocol):
@@ -89,8 +77,8 @@ class Algorithm(Protocol):
     def init(self, seeds: int) -> State:
         """The state before the first round of a run with K = `seeds`."""
 
-    def apply(self, state: State, coefficients: Coefficients, contributions: Contributions) -> Applied:
-        """The next state and coefficients (K,), and what happened. Raises CombinationError, ValueError."""
+    def apply(self, state: State, contributions: Contributions, seeds: int) -> Applied:
+        """See `Applied`; `seeds` is K. Raises ValueError."""
 
     def levels(self, state: State) -> bytes | None:
         """Significance levels for the next plan: K bytes, or None for uniform seeds."""
@@ -100,7 +88,7 @@ class Algorithm(Protocol):
 class FedKSeed:
     """Averaging of the devices' changes (FedKSeed, algorithm 1; with FedOpt's server rate).
 
-    a_next = float32(a + server_lr * sum_i w_i d_i), d_i the sum of device i's deltas per seed, w_i its samples over
+    What is added is server_lr * sum_i w_i d_i, d_i the sum of device i's deltas per seed, w_i its samples over
     the samples of all, or 1 / n where not `weighs_samples`, over sqrt(1 + staleness).
     `server_lr` 1 is the average; up to the number of devices, which is the sum, makes sense, because devices draw
     nearly disjoint seeds.
@@ -113,22 +101,11 @@ class FedKSeed:
         """FedKSeed remembers nothing."""
         return None
 
-    def apply(self, state: State, coefficients: Coefficients, contributions: Contributions) -> Applied:
-        """See the class. Raises ValueError without contributions, CombinationError where float32 cannot hold it."""
-        combined, steps = _weighted_change(contributions, len(coefficients), self.weighs_samples)
-        with np.errstate(over="ignore", invalid="ignore"):  # checked below, with a message
-            target = coefficients.astype(np.float64) + self.server_lr * combined
-        bad = np.flatnonzero(~(np.abs(target) <= FLOAT32_MAX))
-        if len(bad):
-            raise CombinationError(
-                f"the combination makes coefficient {bad[0]} {target[bad[0]]}; float32 holds up to {FLOAT32_MAX:.4g}. "
-                "Lower the step or server_lr of the run."
-            )
-        # |target| <= FLOAT32_MAX rounds to a finite float32.
-        following = target.astype(np.float32)
-        change = following.astype(np.float64) - coefficients
-        norm = math.sqrt(math.fsum((change * change).tolist()))
-        return state, following, Diagnostics(contributions.devices, steps, norm)
+    def apply(self, state: State, contributions: Contributions, seeds: int) -> Applied:
+        """See the class. Raises ValueError without contributions."""
+        with np.errstate(over="ignore", invalid="ignore"):  # `next_version` looks, and has a message
+            combined, steps = _weighted_change(contributions, seeds, self.weighs_samples)
+            return state, self.server_lr * combined, steps
 
     def levels(self, state: State) -> bytes | None:
         """Uniform seeds."""
@@ -152,21 +129,24 @@ class FedKSeedPro:
         """One observation of `initial_scalar` per seed."""
         return Significance(np.full(seeds, abs(self.initial_scalar)), np.ones(seeds, dtype=np.int64))
 
-    def apply(self, state: State, coefficients: Coefficients, contributions: Contributions) -> Applied:
+    def apply(self, state: State, contributions: Contributions, seeds: int) -> Applied:
         """FedKSeed's combination, and the |scalars| remembered."""
         assert isinstance(state, Significance)
         sums, counts = state.sums.copy(), state.counts.copy()
 
         def remembered() -> Iterator[Contribution]:
             for contribution in contributions.read():
+                if contribution.is_first_order:
+                    yield contribution
+                    continue
                 magnitudes = np.minimum(np.abs(contribution.scalars.astype(np.float64)), self.scalar_clip)
                 np.add.at(sums, contribution.seeds, magnitudes)
                 np.add.at(counts, contribution.seeds, 1)
                 yield contribution
 
         watched = replace(contributions, read=remembered)
-        _, following, diagnostics = self.combination.apply(None, coefficients, watched)
-        return Significance(sums, counts), following, diagnostics
+        _, combined, steps = self.combination.apply(None, watched, seeds)
+        return Significance(sums, counts), combined, steps
 
     def levels(self, state: State) -> bytes | None:
         """K significance levels; None (uniform) before anything is known."""
@@ -222,5 +202,5 @@ def _weighted_change(contributions: Contributions, seeds: int, weighs_samples: b
         np.add.at(change, contribution.seeds, contribution.deltas.astype(np.float64))
         weight = (contribution.samples if weighs_samples else 1) / total
         combined += damped(weight, contribution.staleness) * change
-        steps += len(contribution.deltas)
+        steps += len(contribution.scalars)
     return combined, steps

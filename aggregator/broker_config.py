@@ -49,7 +49,6 @@ _ACL = """\
 pattern read kseed/+/run
 pattern read kseed/+/plan
 pattern read kseed/+/snapshot
-pattern read kseed/+/change
 pattern read kseed/+/receipt/%u
 pattern readwrite kseed/+/presence/%u
 pattern write kseed/+/update/%u
@@ -129,10 +128,10 @@ def acl_text(runs: Sequence[str]) -> str:
 def packet_limit_error(spec: Spec, largest_packet_bytes: int | None) -> UserError | None:
     """Why a broker that takes packets of so many bytes (None: it did not say) cannot carry the run.
 
-    Snapshots have a fixed length, plans at most K levels and the listed devices; updates are shorter than both.
+    Snapshots have a fixed length, plans at most K levels, a change as long as a snapshot and the listed devices.
     """
-    plan_bytes = spec.facts.seeds + sum(len(device) + 2 for device in spec.config.devices) + 1024
-    needed = max(len(encode(spec.facts)), 4 * spec.facts.seeds + 64, plan_bytes) + PACKET_OVERHEAD_BYTES
+    plan_bytes = 5 * spec.facts.seeds + sum(len(device) + 2 for device in spec.config.devices) + 1024
+    needed = max(len(encode(spec.facts)), plan_bytes, spec.update_limit_bytes) + PACKET_OVERHEAD_BYTES
     if largest_packet_bytes is None or largest_packet_bytes >= needed:
         return None
     return UserError(

@@ -21,14 +21,16 @@ from dataclasses import dataclass, field, replace
 
 from aggregator import algorithms, schedule
 from aggregator.accepted import fingerprint
-from aggregator.algorithms import Contribution, Contributions, Diagnostics
+from aggregator.algorithms import Contribution, Contributions
 from aggregator.events import SendReceipt
+from aggregator.next_version import NextVersion, next_version, same_version
 from aggregator.replay import Work, replayed
 from aggregator.reports import Outcome, RoundReport
 from aggregator.schedule import Fleet, Magnitude
 from aggregator.state import Exclusion, PastRound, State, algorithm_of, coefficients_of, plan_of, remembered
+from shared.changes import drawn_seeds
 from shared.errors import UserError
-from shared.messages import PlainStep, Plan, Receipt, Update
+from shared.messages import Change, PlainStep, Plan, Receipt, Update
 from shared.refusals import Refusal
 from shared.wire import coefficients_to_bytes
 
@@ -50,6 +52,8 @@ class Closing:
     """A closed round: what the next one starts from, and what to say."""
 
     coefficients: bytes
+    carried: bytes
+    change: Change | None
     algorithm_state: algorithms.State
     fleet: Fleet
     excluded: tuple[Exclusion, ...]
@@ -79,33 +83,61 @@ def close(state: State, now_ms: int) -> Closing:
     )
     updates = {device: state.updates[device].update for device in verdict.counted}
     plan = plan_of(state)
-    coefficients, algorithm_state = state.coefficients, state.algorithm_state
-    fleet, diagnostics = state.fleet, Diagnostics(0, 0, 0.0)
+    watched = _Watched(state, plan, updates)
+    combined = _Combined(
+        same_version(coefficients_of(state.coefficients), coefficients_of(state.carried)),
+        state.algorithm_state,
+        state.fleet,
+    )
     outcome: Outcome = "combined"
     detail = ""
-    watched = _Watched(state, plan, updates)
     if verdict.reference is None:
         outcome, detail = "no majority", f"the devices' models differ: {_votes(verdict)}"
     else:
         try:
-            algorithm_state, following, diagnostics = algorithm_of(state.spec).apply(
-                state.algorithm_state, coefficients_of(coefficients), watched.contributions()
-            )
-            coefficients = coefficients_to_bytes(following)
-            fleet = schedule.after_round(state.spec.config, fleet, watched.magnitudes, _mean(updates, "held_out_loss"))
+            combined = _combine(state, plan, watched)
         except UserError as error:
             outcome, detail = "not finite", str(error)
-    report = _report(state, now_ms, outcome, detail, updates, watched.magnitudes, diagnostics, verdict)
+    report = _report(state, now_ms, outcome, detail, updates, watched.magnitudes, combined, verdict)
     return Closing(
-        coefficients=coefficients,
-        algorithm_state=algorithm_state,
-        fleet=fleet,
+        coefficients=coefficients_to_bytes(combined.version.coefficients),
+        carried=coefficients_to_bytes(combined.version.carried),
+        change=combined.version.change,
+        algorithm_state=combined.algorithm_state,
+        fleet=combined.fleet,
         excluded=_excluded(state, verdict),
         report=report,
         past=_past(state, plan, verdict.reference),
         receipts=tuple(_diverged(state, verdict, device) for device in verdict.left_out),
         notes=_notes(state, verdict, outcome, detail),
     )
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """What a round's updates made, and what the algorithm and the schedule remember of them."""
+
+    version: NextVersion
+    algorithm_state: algorithms.State
+    fleet: Fleet
+    devices: int = 0
+    steps: int = 0
+
+
+def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
+    """Raises CombinationError where float32 cannot hold the result."""
+    facts, contributions = state.spec.facts, watched.contributions()
+    algorithm_state, combined, steps = algorithm_of(state.spec).apply(state.algorithm_state, contributions, facts.seeds)
+    version = next_version(
+        coefficients_of(state.coefficients),
+        coefficients_of(state.carried),
+        combined,
+        facts.change_format,
+        drawn_seeds(plan, facts.seeds),
+    )
+    held_out_loss = _mean(watched.updates, "held_out_loss")
+    fleet = schedule.after_round(state.spec.config, state.fleet, watched.magnitudes, held_out_loss)
+    return _Combined(version, algorithm_state, fleet, contributions.devices, steps)
 
 
 @dataclass
@@ -126,7 +158,7 @@ class _Watched:
     def _read(self) -> Iterator[Contribution]:
         self.magnitudes.clear()
         for contribution in replayed(self._works(), self.state.spec.facts):
-            if not contribution.staleness:  # the others measured an older model
+            if not contribution.staleness and not contribution.is_first_order:  # late ones measured an older model
                 self.magnitudes.append(Magnitude.of(contribution.scalars))
             yield contribution
 
@@ -160,7 +192,7 @@ def _report(
     detail: str,
     updates: dict[str, Update],
     magnitudes: list[Magnitude],
-    diagnostics: Diagnostics,
+    combined: _Combined,
     verdict: Verdict,
 ) -> RoundReport:
     scalars = sum(one.count for one in magnitudes)
@@ -172,18 +204,18 @@ def _report(
         opened_at_ms=state.progress.opened_at_ms,
         closed_at_ms=now_ms,
         accepted=len(state.updates) + len(state.late),
-        counted=diagnostics.devices,
+        counted=combined.devices,
         late=len(state.late),
         model_digest=verdict.reference.hex() if verdict.reference is not None else None,
         left_out=len(verdict.left_out),
         samples=sum(update.samples for update in updates.values()),
-        steps=diagnostics.steps,
+        steps=combined.steps,
         train_loss=_mean(updates, "train_loss"),
         held_out_loss=_mean(updates, "held_out_loss"),
         held_out_accuracy=_mean(updates, "held_out_accuracy"),
         step=step.step.lr if isinstance(step.step, PlainStep) else step.step.step_rms,
         scalar_rms=math.sqrt(math.fsum(one.square_sum for one in magnitudes) / scalars) if scalars else None,
-        change_rms=diagnostics.change_rms,
+        change_rms=combined.version.rms,
         update_bytes=sum(len(entry.payload) for entry in (*state.updates.values(), *state.late.values())),
     )
 

@@ -13,7 +13,7 @@ import msgspec
 
 from shared.config import BrokerConfig
 from shared.errors import UserError
-from shared.messages import DirectionKind, ScalarFormat, WeightDtype
+from shared.messages import DirectionKind, NumberFormat, WeightDtype
 from shared.ranges import (
     MAX_BATCH_SIZE,
     MAX_DEADLINE_S,
@@ -42,7 +42,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     directions: DirectionKind = "hadamard"
     seeds: int = 4096  # K
     dtype: WeightDtype | None = None  # None: as the base file says
-    scalar_format: ScalarFormat = "f32"
+    # The wire.
+    scalar_format: NumberFormat = "f32"  # of the numbers in updates
+    change_format: NumberFormat = "f32"  # of the numbers in plans' changes; what rounding leaves over is carried on
+    first_order: Literal["refuse", "accept"] = "refuse"  # updates that carry a change of coefficients, not scalars
     # A device's work in one round.
     rounds: int = 50
     local_steps: int = 20
@@ -87,6 +90,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise UserError(f"over_selection is {self.over_selection}; allowed: 0, or 1 to 1000 times the quorum.")
         if self.quorum < self.min_updates:
             raise UserError(f"quorum is {self.quorum}, min_updates {self.min_updates}; quorum cannot be the smaller.")
+        if self.first_order == "accept" and self.step == "plain":
+            raise UserError(
+                "first_order is accept and step plain, which bounds no change; choose step normalised, or refuse."
+            )
         if self.devices and self.quorum > len(self.devices):
             raise UserError(f"quorum is {self.quorum}, but devices names only {len(self.devices)}; lower quorum.")
 

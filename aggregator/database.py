@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared.errors import UnavailableError, UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x6B73_6564  # "ksed"
 BUSY_TIMEOUT_S = 5.0
 
@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS runs (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS versions (
     run TEXT NOT NULL REFERENCES runs, version INTEGER NOT NULL, coefficients BLOB NOT NULL,
-    algorithm_state BLOB NOT NULL, fleet BLOB NOT NULL, plan BLOB, report BLOB,
+    carried BLOB NOT NULL, change BLOB, algorithm_state BLOB NOT NULL, fleet BLOB NOT NULL, plan BLOB, report BLOB,
     traffic BLOB,
     PRIMARY KEY (run, version)
 );

@@ -101,6 +101,8 @@ class KeepVersion:
 
     version: int
     coefficients: bytes
+    carried: bytes  # what changes left over so far, likewise
+    change: Change | None  # from the version before
     algorithm_state: algorithms.State
     fleet: Fleet
     report: RoundReport
@@ -131,9 +133,9 @@ class SendReceipt:
 
 @dataclass(frozen=True)
 class Publish:
-    """Tell all devices. All but a change are retained."""
+    """Tell all devices, retained."""
 
-    message: Run | Plan | Snapshot | Change
+    message: Run | Plan | Snapshot
 
 
 Keep = Union[KeepUpdate, KeepVersion, KeepProgress, Note]

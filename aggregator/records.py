@@ -57,6 +57,8 @@ class VersionRow:
 
     version: int
     coefficients: bytes
+    carried: bytes
+    change: bytes | None  # msgpack; None: there was none, or it was no shorter than a snapshot
     algorithm_state: bytes
     fleet: Fleet
     plan: bytes | None  # encoded; None: version 0
@@ -146,7 +148,7 @@ class Records:
         number = -1
         while True:
             row = self._row(
-                "SELECT version, coefficients, algorithm_state, fleet, plan, report FROM versions "
+                "SELECT version, coefficients, carried, change, algorithm_state, fleet, plan, report FROM versions "
                 "WHERE run = ? AND version > ? ORDER BY version LIMIT 1",
                 run,
                 number,
@@ -154,8 +156,8 @@ class Records:
             if row is None:
                 return
             number = row[0]
-            report = self._json(row[5], RoundReport) if row[5] is not None else None
-            yield VersionRow(number, bytes(row[1]), bytes(row[2]), self._json(row[3], Fleet), row[4], report)
+            report = self._json(row[7], RoundReport) if row[7] is not None else None
+            yield VersionRow(number, row[1], row[2], row[3], row[4], self._json(row[5], Fleet), row[6], report)
 
     def journal(self, run: str, counted_in: int) -> Iterator[tuple[str, int, bytes]]:
         """The accepted updates that a round counts, one at a time: (device, the round it was made for, payload).

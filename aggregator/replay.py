@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.algorithms import Contribution
+from shared.changes import read_change
 from shared.messages import Plan, Run, Update
 from shared.philox import philox4x32
 from shared.seeds import DRAW_STREAM, draw, draw_key, level_weights
@@ -23,6 +24,7 @@ from shared.wire import scalars_from_bytes
 MAX_STEPS_AT_ONCE = 2**17  # of all devices of a chunk: about 20 MB of numbers on their way
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+_NONE = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Work:
 
 
 def replayed(works: Iterable[Work], facts: Run) -> Iterator[Contribution]:
-    """The contributions of `works`, in their order.
+    """The contributions of `works`, in their order. Raises PeerError where an update does not read.
 
     Each yielded contribution stands alone; about MAX_STEPS_AT_ONCE steps are in memory at a time.
     """
@@ -45,8 +47,12 @@ def replayed(works: Iterable[Work], facts: Run) -> Iterator[Contribution]:
         at_once = max(1, MAX_STEPS_AT_ONCE // first.plan.local_steps)
         chunk = [first, *islice(iterator, at_once - 1)]
         done: list[Contribution | None] = [None] * len(chunk)
+        for place, work in enumerate(chunk):
+            if work.update.change is not None:
+                seeds, values = read_change(work.update.change, facts.scalar_format, facts.seeds)
+                done[place] = Contribution(work.device, work.update.samples, seeds, _NONE, values, work.staleness)
         for plan in {id(work.plan): work.plan for work in chunk}.values():
-            places = [place for place, work in enumerate(chunk) if work.plan is plan]
+            places = [place for place, work in enumerate(chunk) if work.plan is plan and done[place] is None]
             contributions = _together([chunk[place] for place in places], plan, facts)
             for place, contribution in zip(places, contributions, strict=True):
                 done[place] = contribution
@@ -81,6 +87,8 @@ def _top_64_bits(low: NDArray[np.uint64], high: NDArray[np.uint64], factor: int)
 
 
 def _together(works: Sequence[Work], plan: Plan, facts: Run) -> Iterator[Contribution]:
+    if not works:
+        return
     rows = [scalars_from_bytes(work.update.scalars, facts.scalar_format) for work in works]
     lengths = np.array([row.size for row in rows], dtype=np.int64)
     steps = int(lengths.max())

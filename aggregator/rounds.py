@@ -21,8 +21,8 @@ version r and closes into version r + 1.
 4. With `min_updates` there, the round closes with what it has, so that accepted work counts; else it changes nothing.
 5. The next round's over-selection goes by it. It is kept when something else of the progress is.
 
-Closing (module `closing`) publishes snapshot, change if that is shorter, plan, in this order, after everything is
-kept. Accepted updates are receipted before.
+Closing (module `closing`) publishes snapshot and plan, in this order, after everything is kept.
+Accepted updates are receipted before.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from aggregator.events import (
     UpdateArrived,
 )
 from aggregator.spec import selected_part
-from aggregator.state import Phase, Progress, State, change_between, counting, plan_of, snapshot_of
+from aggregator.state import Phase, Progress, State, counting, plan_of, snapshot_of
 from shared.messages import Receipt
 from shared.ranges import MAX_DETAIL, MAX_REASON
 from shared.refusals import Refusal
@@ -221,6 +221,8 @@ def _close(state: State, now_ms: int, stop_reason: str | None) -> Transition:
         state,
         progress=progress,
         coefficients=closing.coefficients,
+        carried=closing.carried,
+        change=closing.change,
         algorithm_state=closing.algorithm_state,
         fleet=closing.fleet,
         updates=AcceptedUpdates(),
@@ -233,7 +235,6 @@ def _close(state: State, now_ms: int, stop_reason: str | None) -> Transition:
         advanced = _ended(advanced, "finished", f"all {config.rounds} rounds are done", now_ms)
     else:
         advanced = _at(advanced, _opened(progress, now_ms, state))
-    change = change_between(state, advanced)
     return Transition(
         advanced,
         (
@@ -243,15 +244,22 @@ def _close(state: State, now_ms: int, stop_reason: str | None) -> Transition:
             *([Note(f"finished: {advanced.progress.reason}")] if advanced.progress.phase == "finished" else []),
             *closing.receipts,
             Publish(snapshot_of(advanced)),
-            *([Publish(change)] if change is not None else []),
             Publish(plan_of(advanced)),
         ),
     )
 
 
 def _version(number: int, closing: Closing) -> KeepVersion:
-    kept = (closing.coefficients, closing.algorithm_state, closing.fleet, closing.report)
-    return KeepVersion(number, *kept, plan=closing.past[-1].plan)
+    return KeepVersion(
+        number,
+        closing.coefficients,
+        closing.carried,
+        closing.change,
+        closing.algorithm_state,
+        closing.fleet,
+        closing.report,
+        plan=closing.past[-1].plan,
+    )
 
 
 def _at(state: State, progress: Progress) -> State:

@@ -23,7 +23,7 @@ from aggregator.state import State
 from aggregator.store import Store
 from aggregator.telling import Telling
 from shared.errors import PeerError, UnavailableError, UserError
-from shared.messages import Change, Receipt, Update
+from shared.messages import Receipt, Update
 from shared.refusals import Refusal
 from shared.topics import Topic, every_device, parse_topic
 from shared.transport import Connected, Delivered, Disconnected, Received, Transport, Undelivered
@@ -282,8 +282,7 @@ class Service:
                 self._answers.send(action.device, action.receipt)
             elif isinstance(action, Publish):
                 topic = Topic(self._run, kind_of(action.message))
-                is_retained = not isinstance(action.message, Change)
-                self._answers.publish(str(topic), encode(action.message), is_retained)
+                self._answers.publish(str(topic), encode(action.message), is_retained=True)
         acknowledge(turn.received)
 
     def _give_back(self, turn: _Turn, error: UserError) -> None:

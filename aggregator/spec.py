@@ -31,7 +31,7 @@ class Spec(msgspec.Struct, frozen=True):
     @property
     def update_limit_bytes(self) -> int:
         """The longest update that this run takes."""
-        return update_limit_bytes(self.config.local_steps, self.facts.scalar_format)
+        return update_limit_bytes(self.config.local_steps, self.facts)
 
 
 def new_spec(name: str, base: RunBase, config: RunConfig, *, pool_key: int, nonce_key: bytes) -> Spec:
@@ -58,6 +58,8 @@ def new_spec(name: str, base: RunBase, config: RunConfig, *, pool_key: int, nonc
         manifest_digest=base.manifest.digest(),
         base_digest=base.base_digest,
         scalar_format=config.scalar_format,
+        change_format=config.change_format,
+        first_order=config.first_order == "accept",
     )
     encode(facts)  # raises where the wire could not carry it
     return Spec(facts, config, nonce_key)

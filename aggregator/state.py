@@ -1,4 +1,4 @@
-"""The state of a run in the aggregator, and what it says to the devices: plan, snapshot, change."""
+"""The state of a run in the aggregator, and what it says to the devices: plan and snapshot."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from aggregator import algorithms, schedule
 from aggregator.accepted import AcceptedUpdates
-from aggregator.algorithms import Algorithm, Coefficients
+from aggregator.algorithms import Algorithm
 from aggregator.config import RunConfig
 from aggregator.schedule import Fleet
 from aggregator.spec import Spec, nonce, participation
 from shared.messages import Change, Plan, Snapshot
-from shared.wire import coefficients_to_bytes, encode, seeds_to_bytes
+from shared.wire import coefficients_to_bytes
 
 Phase = Literal["created", "open", "paused", "finished"]
 
@@ -65,10 +66,12 @@ class State:
     spec: Spec
     progress: Progress
     coefficients: bytes
+    carried: bytes  # what changes left over so far, K little-endian float32
     algorithm_state: algorithms.State
     fleet: Fleet
     updates: AcceptedUpdates[str] = field(default_factory=AcceptedUpdates)  # of this round, by device
     late: AcceptedUpdates[tuple[str, int]] = field(default_factory=AcceptedUpdates)  # by device and its earlier round
+    change: Change | None = None  # what led from the version before to this one; None: a snapshot is no longer
     past: tuple[PastRound, ...] = ()  # the last `remembered` rounds, oldest first
 
 
@@ -90,12 +93,13 @@ def new_state(spec: Spec) -> State:
         spec=spec,
         progress=Progress(),
         coefficients=coefficients_to_bytes(np.zeros(seeds, np.float32)),
+        carried=coefficients_to_bytes(np.zeros(seeds, np.float32)),
         algorithm_state=algorithm_of(spec).init(seeds),
         fleet=schedule.start(spec.config),
     )
 
 
-def coefficients_of(data: bytes) -> Coefficients:
+def coefficients_of(data: bytes) -> NDArray[np.float32]:
     """Coefficients (K,) float32 from the state's bytes, read-only."""
     return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
 
@@ -130,21 +134,10 @@ def plan_of(state: State) -> Plan:
         published_at_ms=progress.published_at_ms,
         deadline_s=config.deadline_s,
         reason=progress.reason,
+        change=state.change,
     )
 
 
 def snapshot_of(state: State) -> Snapshot:
     """The coefficients of the state's version."""
     return Snapshot(version=state.progress.round, coefficients=state.coefficients)
-
-
-def change_between(old: State, new: State) -> Change | None:
-    """What turns the old state's version into the new one's; None where the snapshot is no longer."""
-    before, after = coefficients_of(old.coefficients), coefficients_of(new.coefficients)
-    changed = np.flatnonzero(before.view(np.uint32) != after.view(np.uint32))
-    change = Change(
-        version=new.progress.round,
-        seeds=seeds_to_bytes(changed),
-        coefficients=coefficients_to_bytes(after[changed]),
-    )
-    return change if len(encode(change)) < len(encode(snapshot_of(new))) else None

@@ -24,7 +24,7 @@ from aggregator.schedule import Fleet
 from aggregator.spec import Spec
 from aggregator.state import PastRound, State, new_state, remembered
 from shared.errors import PeerError, UserError
-from shared.messages import Plan, Update
+from shared.messages import Change, Plan, Update
 from shared.wire import decode, encode
 
 
@@ -72,8 +72,14 @@ class Store(Records):
                 msgspec.json.encode(state.progress),
                 now_ms,
             )
-            row = (state.coefficients, algorithms.pack(state.algorithm_state), msgspec.json.encode(state.fleet))
-            self._do("INSERT INTO versions VALUES (?, 0, ?, ?, ?, NULL, NULL, NULL)", spec.name, *row)
+            row = (algorithms.pack(state.algorithm_state), msgspec.json.encode(state.fleet))
+            self._do(
+                "INSERT INTO versions VALUES (?, 0, ?, ?, NULL, ?, ?, NULL, NULL, NULL)",
+                spec.name,
+                state.coefficients,
+                state.carried,
+                *row,
+            )
 
     def commit(
         self, run: str, keeps: Sequence[Keep], now_ms: int, *, traffic: Traffic | None = None, done: Sequence[int] = ()
@@ -115,23 +121,26 @@ class Store(Records):
         row = self.run(name)
         spec, progress = row.spec, row.progress
         version = self._row(
-            "SELECT coefficients, algorithm_state, fleet FROM versions WHERE run = ? AND version = ?",
+            "SELECT coefficients, carried, change, algorithm_state, fleet FROM versions WHERE run = ? AND version = ?",
             name,
             progress.round,
         )
-        if version is None or len(version[0]) != 4 * spec.facts.seeds:
+        if version is None or {len(version[0]), len(version[1])} != {4 * spec.facts.seeds}:
             raise self._damaged(f"version {progress.round} of run {name!r} is missing or cut")
         try:
-            algorithm_state = algorithms.unpack(version[1], spec.facts.seeds)
-        except ValueError as error:
+            change = None if version[2] is None else msgspec.msgpack.decode(version[2], type=Change)
+            algorithm_state = algorithms.unpack(version[3], spec.facts.seeds)
+        except (ValueError, msgspec.MsgspecError) as error:
             raise self._damaged(str(error)) from error
         updates, late = self._open_updates(name, progress.round)
         return State(
             spec=spec,
             progress=progress,
             coefficients=bytes(version[0]),
+            carried=bytes(version[1]),
+            change=change,
             algorithm_state=algorithm_state,
-            fleet=self._json(version[2], Fleet),
+            fleet=self._json(version[4], Fleet),
             updates=updates,
             late=late,
             past=self._past(spec, progress.round),
@@ -180,10 +189,12 @@ class Store(Records):
 
     def _keep_version(self, run: str, keep: KeepVersion, traffic: Traffic | None) -> None:
         self._do(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             run,
             keep.version,
             keep.coefficients,
+            keep.carried,
+            msgspec.msgpack.encode(keep.change) if keep.change is not None else None,
             algorithms.pack(keep.algorithm_state),
             msgspec.json.encode(keep.fleet),
             encode(keep.plan),

@@ -9,6 +9,7 @@ and some numbers per device at a time.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -23,13 +24,14 @@ from aggregator.records import VersionRow
 from aggregator.schedule import Fleet, Magnitude
 from aggregator.spec import Spec, nonce
 from aggregator.store import Store
+from aggregator.verified_change import Version, published
+from shared.changes import NOTHING, read_change
 from shared.errors import PeerError
-from shared.messages import Plan, StepRule, Update
+from shared.messages import Change, Plan, StepRule, Update
 from shared.seeds import draw, significance_levels
 from shared.steprule import deltas
 from shared.wire import decode, scalars_from_bytes
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 SCALAR_CLIP = 1000.0  # FedKSeed-Pro, as the authors' code
 
 
@@ -62,9 +64,11 @@ class Fold:
 
     spec: Spec
     coefficients: list[float]  # K, each a float32
+    carried: list[float]  # K, likewise
     fleet: Fleet
     sums: list[float]  # FedKSeed-Pro: per seed, of |scalar|
     counts: list[int]  # FedKSeed-Pro: observations per seed
+    change: Change | None = None  # from the version before
     digests: dict[int, bytes | None] = field(default_factory=dict)  # of the fleet's model, per round
     terms: dict[int, Terms] = field(default_factory=dict)  # per round
     excluded: set[str] = field(default_factory=set)
@@ -77,11 +81,12 @@ class Fold:
     def start(cls, spec: Spec) -> Fold:
         """Version 0."""
         seeds = spec.facts.seeds
-        return cls(spec, [0.0] * seeds, schedule.start(spec.config), [0.0] * seeds, [1] * seeds)
+        return cls(spec, [0.0] * seeds, [0.0] * seeds, schedule.start(spec.config), [0.0] * seeds, [1] * seeds)
 
     def close(self, number: int, store: Store) -> None:
         """Round `number`: vote, sum, add."""
         self.terms[number] = Terms(schedule.step_rule(self.spec.config, self.fleet), self._levels())
+        self.change = NOTHING
         right, losses = self._vote(number, store)
         self.digests[number] = right
         if right is None:
@@ -92,27 +97,35 @@ class Fold:
         for device, made_for, update in self._counted(number, right, store):
             weight = update.samples / total_samples if self.spec.config.weighting == "samples" else 1 / total
             weight = weight / math.sqrt(1.0 + (number - made_for))
-            scalars = scalars_from_bytes(update.scalars, self.spec.facts.scalar_format)
             change: dict[int, float] = {}
             for seed, delta, scalar in self._steps(device, made_for, update):
                 change[seed] = change.get(seed, 0.0) + delta
-                sums[seed] += min(abs(scalar), SCALAR_CLIP)
-                counts[seed] += 1
-                steps += 1
+                if scalar is not None:
+                    sums[seed] += min(abs(scalar), SCALAR_CLIP)
+                    counts[seed] += 1
+                    steps += 1
             for seed, value in change.items():
                 summed[seed] += weight * value
-            if made_for == number:
-                magnitudes.append(Magnitude.of(scalars))
-            else:
-                late += 1
-        server_lr = self.spec.config.server_lr
-        following = [a + server_lr * value for a, value in zip(self.coefficients, summed, strict=True)]
-        if not all(abs(value) <= FLOAT32_MAX for value in following):
+            if made_for == number and update.change is None:
+                magnitudes.append(Magnitude.of(scalars_from_bytes(update.scalars, self.spec.facts.scalar_format)))
+            late += made_for != number
+        following = self._published(number, summed)
+        if following is None:
             return  # the round closed without a combination
-        self.coefficients = [float(np.float32(value)) for value in following]
+        self.coefficients, self.carried, self.change = following
         self.sums, self.counts = sums, counts
         self.fleet = schedule.after_round(self.spec.config, self.fleet, magnitudes, losses)
         self.counted, self.late, self.steps = self.counted + total, self.late + late, self.steps + steps
+
+    def _published(self, number: int, summed: list[float]) -> Version | None:
+        config, facts = self.spec.config, self.spec.facts
+        drawn = None
+        if config.common_seeds:
+            levels = self.terms[number].levels
+            seeds = draw(nonce(self.spec, number), None, config.local_steps, facts.seeds, levels)
+            drawn = sorted(set(seeds.tolist()))
+        added = [config.server_lr * value for value in summed]
+        return published(self.coefficients, self.carried, added, facts.change_format, drawn)
 
     def _levels(self) -> bytes | None:
         if self.spec.config.algorithm != "fedkseed-pro" or all(count == 1 for count in self.counts):
@@ -159,9 +172,15 @@ class Fold:
             assert isinstance(update, Update)
             yield device, made_for, update
 
-    def _steps(self, device: str, made_for: int, update: Update) -> Iterator[tuple[int, float, float]]:
-        """Seed, delta and scalar of every step, drawn and stepped as in the round that the update was made for."""
+    def _steps(self, device: str, made_for: int, update: Update) -> Iterator[tuple[int, float, float | None]]:
+        """Seed, delta and scalar of every step, drawn and stepped as in the round that the update was made for.
+
+        Of a change: its seeds and values, and no scalar.
+        """
         facts, terms = self.spec.facts, self.terms[made_for]
+        if update.change is not None:
+            named, values = read_change(update.change, facts.scalar_format, facts.seeds)
+            return zip(named.tolist(), values.tolist(), itertools.repeat(None))
         scalars = scalars_from_bytes(update.scalars, facts.scalar_format)
         name = None if self.spec.config.common_seeds else device
         seeds = draw(nonce(self.spec, made_for), name, scalars.size, facts.seeds, terms.levels)
@@ -247,6 +266,11 @@ def _difference(stored: VersionRow, fold: Fold) -> str | None:
             f"version {stored.version}: coefficient {k} is {float(theirs[k])!r} in the store, the journal gives "
             f"{float(ours[k])!r}; {len(places)} of {ours.size} differ"
         )
+    if stored.carried != np.array(fold.carried, dtype="<f4").tobytes():
+        return f"version {stored.version}: what its changes left over is not what the journal gives"
+    change = None if fold.change is None else msgspec.msgpack.encode(fold.change)
+    if stored.change != change:
+        return f"version {stored.version}: the change that leads to it is not what the journal gives"
     if stored.fleet != fold.fleet:
         return f"version {stored.version}: the fleet is {stored.fleet} in the store, the journal gives {fold.fleet}"
     if stored.algorithm_state and stored.algorithm_state != _packed(fold):

@@ -37,6 +37,8 @@ CONSEQUENCES: dict[Refusal, Consequence] = {
     Refusal.WEIGHT_OUT_OF_RANGE: "lost",
     Refusal.DIVERGED: "diverged",
     Refusal.COEFFICIENT_COUNT: "lost",
+    Refusal.FIRST_ORDER: "lost",
+    Refusal.LARGE_CHANGE: "lost",
     Refusal.BUSY: "again",
     Refusal.STORAGE: "again",
 }

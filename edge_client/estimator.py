@@ -19,10 +19,10 @@ from edge_client.data.batches import Batch
 from edge_client.overlay import Overlay
 from edge_client.pairs import Diverged, halves
 from shared.errors import UserError
-from shared.messages import Plan, ScalarFormat
-from shared.seeds import draw
+from shared.messages import NumberFormat, Plan
+from shared.numbers import rounded_by_chance
+from shared.seeds import draw, rounding_noise
 from shared.steprule import advance, start
-from shared.wire import scalars_as_sent
 
 Loss = Union[float, Tensor]  # a tensor of one element; a pair of them where both probes run together
 BatchLoss = Callable[[Batch], Loss]
@@ -52,10 +52,13 @@ class LocalStep:
     loss: float  # nats per token
 
 
-def two_point(loss: Callable[[], Loss], overlay: Overlay, k: int, eps: float, scalar_format: ScalarFormat) -> Probe:
+def two_point(
+    loss: Callable[[], Loss], overlay: Overlay, k: int, eps: float, scalar_format: NumberFormat, noise: int = 2**31
+) -> Probe:
     """Measure `loss`, nats per token of the model under `overlay`, on both sides along direction k.
 
-    eps: distance in weight units, rounded to float32 for the probe. The scalar is as the aggregator will read it.
+    eps: distance in weight units, rounded to float32 for the probe. The scalar is as the aggregator will read it;
+    noise: u32, of its rounding (`shared.numbers.rounded_by_chance`).
     Where the overlay is paired, one pass measures both, with the same bits as two would. A model whose halves part
     ways is measured in two passes, from then on always: what parts it once parts it again.
     Raises UserError where a loss is not finite; the overlay is as before in any case.
@@ -67,7 +70,7 @@ def two_point(loss: Callable[[], Loss], overlay: Overlay, k: int, eps: float, sc
             f"the loss is {plus} at +eps and {minus} at -eps along direction {k}; both must be finite. "
             "Lower eps or the step, or load the model in bf16 or fp32."
         )
-    scalar = scalars_as_sent([(plus - minus) / (2.0 * eps)], scalar_format)[0]
+    scalar = rounded_by_chance((plus - minus) / (2.0 * eps), scalar_format, noise)
     return Probe(plus, minus, scalar)
 
 
@@ -91,7 +94,7 @@ def local_steps(
     device: str,
     batches: Callable[[int], Batch],
     loss: BatchLoss,
-    scalar_format: ScalarFormat,
+    scalar_format: NumberFormat,
     attempt: Callable[[Callable[[], Probe]], Probe] = lambda measure: measure(),
     done: Sequence[float] = (),
 ) -> Iterator[LocalStep]:
@@ -103,7 +106,9 @@ def local_steps(
     The overlay must hold the coefficients of the plan's round.
     Raises UserError as `two_point` and `shared.steprule.advance` do.
     """
-    drawn = draw(plan.nonce, None if plan.common_seeds else device, plan.local_steps, overlay.seeds, plan.levels)
+    name = None if plan.common_seeds else device
+    drawn = draw(plan.nonce, name, plan.local_steps, overlay.seeds, plan.levels)
+    noise = rounding_noise(plan.nonce, device, plan.local_steps).tolist()
     state = start(plan.step)
     for step, k in enumerate(drawn.tolist()):
         if step < len(done):
@@ -112,8 +117,8 @@ def local_steps(
             continue
         batch = batches(step)
 
-        def measure(batch: Batch = batch, k: int = k) -> Probe:
-            return two_point(lambda: loss(batch), overlay, k, plan.eps, scalar_format)
+        def measure(batch: Batch = batch, k: int = k, noise: int = noise[step]) -> Probe:
+            return two_point(lambda: loss(batch), overlay, k, plan.eps, scalar_format, noise)
 
         probe = attempt(measure)
         state, delta = advance(plan.step, state, probe.scalar)

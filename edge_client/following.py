@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from edge_client.events import (
     EXIT_LEFT,
     Abandon,
@@ -40,12 +38,13 @@ from edge_client.state import (
     Training,
     Waiting,
 )
+from shared.changes import add_change, drawn_seeds, read_change
 from shared.errors import PeerError
-from shared.messages import Change, Plan, Run, Snapshot
+from shared.messages import Plan, Run, Snapshot
 from shared.refusals import Refusal
 from shared.seeds import takes_part
 from shared.topics import Kind, Topic
-from shared.wire import coefficients_from_bytes, coefficients_to_bytes, seeds_from_bytes
+from shared.wire import coefficients_from_bytes, coefficients_to_bytes
 
 Relation = Literal["stale", "same", "amended", "newer"]
 
@@ -98,12 +97,27 @@ def on_plan(state: State, plan: Plan, *, is_retained: bool) -> Step:
     if state.suspect_from is not None and plan.round > state.suspect_from + 1:
         followed = replace(followed, suspect_from=None)  # a whole round went by without a complaint
     work = state.work if isinstance(state.work, Fetching) else Waiting()
-    followed, taken_up = _take_up(replace(followed, work=work, receipt=None), plan)
-    actions += taken_up
+    followed, changed = _follow_change(replace(followed, work=work, receipt=None), state.plan)
+    followed, taken_up = _take_up(followed, plan)
+    actions += changed + taken_up
     if plan.phase == "paused":
         actions += (Say(_phase_text(state, plan)),)
     followed, more = begin(followed)
     return followed, actions + more
+
+
+def _follow_change(state: State, before: Plan | None) -> Step:
+    """The step from the version held to that of the plan, where it is one; a change that does not fit is none."""
+    run, plan, held = state.run, state.plan, state.held
+    if run is None or plan is None or plan.change is None or held is None or held.version != plan.round - 1:
+        return state, ()
+    try:
+        known = drawn_seeds(before, run.seeds) if before is not None and before.round == held.version else None
+        change = read_change(plan.change, run.change_format, run.seeds, known)
+        following = add_change(coefficients_from_bytes(held.coefficients, run.seeds), *change)
+    except PeerError as error:
+        return ignored(state, "change", error)
+    return replace(state, held=Held(plan.round, coefficients_to_bytes(following))), ()
 
 
 def _take_up(state: State, plan: Plan) -> Step:
@@ -173,21 +187,6 @@ def on_snapshot(state: State, snapshot: Snapshot) -> Step:
     if snapshot.version < state.plan.round:
         return held, (Say(f"the snapshot is version {snapshot.version}; waiting for version {state.plan.round}"),)
     return pursue(held)
-
-
-def on_change(state: State, change: Change) -> Step:
-    """The step from the version held to the next one; any other change says nothing to this device."""
-    if state.run is None or state.held is None or change.version != state.held.version + 1:
-        return state, ()
-    try:
-        seeds = seeds_from_bytes(change.seeds, state.run.seeds)
-        values = coefficients_from_bytes(change.coefficients, len(seeds))
-        coefficients = coefficients_from_bytes(state.held.coefficients, state.run.seeds)
-    except PeerError as error:
-        return ignored(state, "change", error)
-    coefficients = np.array(coefficients)
-    coefficients[seeds] = values
-    return pursue(replace(state, held=Held(change.version, coefficients_to_bytes(coefficients))))
 
 
 def begin(state: State) -> Step:

@@ -184,7 +184,7 @@ class ResumingTrainer:
     def _work(self, plan: Plan, model_digest: bytes) -> bytes:
         """All that the steps depend on. What an amended plan of the same round may change is not among it."""
         same = msgspec.structs.replace(
-            plan, phase="open", participation=Everyone(), published_at_ms=0, deadline_s=1.0, reason=""
+            plan, phase="open", participation=Everyone(), published_at_ms=0, deadline_s=1.0, reason="", change=None
         )
         parts = (encode(self._run), encode(same), model_digest, self._data_digest, self._agent.encode())
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

@@ -50,7 +50,6 @@ from edge_client.events import (
 from edge_client.following import (
     begin,
     ignored,
-    on_change,
     on_evaluated,
     on_plan,
     on_rebuilt,
@@ -62,7 +61,7 @@ from edge_client.leaving import leave_when_done, on_leave, on_leave_after_round
 from edge_client.presence import announce, on_presence, presence, taken
 from edge_client.state import Evaluating, Identity, Patience, Sending, State, Step, Training, waiting
 from shared.errors import PeerError
-from shared.messages import Change, Plan, Presence, Receipt, Run, Snapshot, Update
+from shared.messages import Plan, Presence, Receipt, Run, Snapshot, Update
 from shared.refusals import Refusal
 from shared.topics import Kind, Topic
 from shared.transport import TAKEN_OVER, Connected, Disconnected
@@ -188,7 +187,7 @@ def _on_connected(state: State, event: Connected) -> Step:
         waiting = replace(link, must_announce=True, announce_s=state.now_s + greeting_s)
         state, sent = send_now(replace(state, link=waiting))
         return state, (Say(f"connected again ({event.protocol})"), look, *sent)
-    rest: tuple[Kind, ...] = ("run", "change", "plan", "receipt")
+    rest: tuple[Kind, ...] = ("run", "plan", "receipt")
     subscriptions = tuple(Subscribe(_topic(state, kind)) for kind in rest)
     said = Say(f"connected to {state.identity.broker} ({event.protocol}) as {state.identity.device}")
     patience = Patience(state.now_s + greeting_s, 2 * greeting_s)
@@ -233,8 +232,6 @@ def _on_heard(state: State, event: Heard) -> Step:
             return on_plan(state, message, is_retained=event.is_retained)
         case Snapshot():
             return on_snapshot(state, message)
-        case Change():
-            return on_change(state, message)
         case Receipt():
             return on_receipt(state, message)
         case Presence():

@@ -105,6 +105,7 @@ class ModelTrainer:
                 held_out_accuracy=None if held_out is None else held_out.accuracy,
                 model_digest=model_digest,
                 scalars=scalars_to_bytes([step.scalar for step in steps], self._run.scalar_format),
+                change=None,
             )
         )
 

@@ -10,7 +10,7 @@ from typing import Literal, Union
 
 import msgspec
 
-ScalarFormat = Literal["f32", "f16"]
+NumberFormat = Literal["f32", "f16", "f8"]  # PROTOCOL.md section 5.7
 WeightDtype = Literal["bf16", "fp16", "fp32"]
 DirectionKind = Literal["hadamard", "rademacher", "gaussian"]
 
@@ -34,7 +34,9 @@ class Run(_Message, frozen=True):
     manifest: bytes  # zlib of the manifest's canonical text
     manifest_digest: bytes  # SHA-256 of the canonical text, 32 bytes
     base_digest: bytes  # SHA-256 of the base weights in `dtype`, 32 bytes
-    scalar_format: ScalarFormat  # of the scalars in an update
+    scalar_format: NumberFormat  # of the numbers in updates
+    change_format: NumberFormat  # of the numbers in plans' changes
+    first_order: bool  # True: updates that carry a change in place of scalars are welcome
 
 
 class PlainStep(msgspec.Struct, frozen=True, array_like=True, tag="plain", forbid_unknown_fields=True):
@@ -75,6 +77,14 @@ class Listed(msgspec.Struct, frozen=True, array_like=True, tag="listed", forbid_
 Participation = Union[Everyone, Threshold, Listed]
 
 
+class Change(_Message, frozen=True):
+    """What is added to some or all coefficients; inside other messages (`shared.changes` writes and reads it)."""
+
+    seeds: bytes | None  # n uint16, little-endian, strictly increasing; None: all K, or those known without saying
+    exponent: int  # a number x below stands for x * 2**exponent
+    values: bytes  # n numbers in the format that the run states
+
+
 class Plan(_Message, frozen=True):
     """What to do in the current round. Aggregator -> devices, retained.
 
@@ -95,6 +105,7 @@ class Plan(_Message, frozen=True):
     published_at_ms: int  # aggregator's clock, unix milliseconds
     deadline_s: float  # from publication
     reason: str  # why paused or finished, for people
+    change: Change | None  # what turns version `round - 1` into `round`; None: take the snapshot
 
 
 class Snapshot(_Message, frozen=True):
@@ -102,14 +113,6 @@ class Snapshot(_Message, frozen=True):
 
     version: int
     coefficients: bytes  # K float32, little-endian
-
-
-class Change(_Message, frozen=True):
-    """What turns version `version - 1` into `version`. Aggregator -> devices, not retained."""
-
-    version: int
-    seeds: bytes  # n uint16, little-endian, strictly increasing
-    coefficients: bytes  # n float32, little-endian: the new values, not differences
 
 
 class Update(_Message, frozen=True):
@@ -121,7 +124,8 @@ class Update(_Message, frozen=True):
     held_out_loss: float | None  # of version `round`, nats per token
     held_out_accuracy: float | None  # in [0, 1]; None where the task has no labels
     model_digest: bytes  # first 16 bytes of the digest of the weights rebuilt for version `round`
-    scalars: bytes  # projected gradients in step order, `scalar_format` of the run
+    scalars: bytes  # projected gradients in step order, `scalar_format` of the run; empty where there is a change
+    change: Change | None  # a first-order device's work, in place of scalars
 
 
 class Receipt(_Message, frozen=True):
@@ -143,4 +147,4 @@ class Presence(_Message, frozen=True):
     note: str  # why paused, "" when at work
 
 
-Message = Union[Run, Plan, Snapshot, Change, Update, Receipt, Presence]
+Message = Union[Run, Plan, Snapshot, Update, Receipt, Presence]

@@ -43,6 +43,7 @@ MIN_EPS, MAX_EPS = 1e-30, 1.0
 MAX_LR = 1.0  # so that a finite scalar always gives a finite delta: nobody can stop a round with one
 MAX_STEP = 1e6  # of step_rms and clip; their product is far below float32's largest
 NONCE_BYTES, DIGEST_BYTES, MODEL_DIGEST_BYTES = 16, 32, 16
+MIN_EXPONENT, MAX_EXPONENT = -160, 127  # powers of two: float32 from its smallest number to its largest
 MAX_NAME, MAX_REASON, MAX_DETAIL, MAX_NOTE = 256, 512, 512, 256  # Unicode code points
 
 
@@ -57,8 +58,6 @@ def check_message(message: Message) -> None:
         _check_plan(message)
     elif isinstance(message, Snapshot):
         _check_snapshot(message)
-    elif isinstance(message, Change):
-        _check_change(message)
     elif isinstance(message, Update):
         _check_update(message)
     elif isinstance(message, Receipt):
@@ -136,6 +135,8 @@ def _check_plan(plan: Plan) -> None:
     _integer("published_at_ms", plan.published_at_ms, 0, MAX_TIME_MS)
     _positive("deadline_s", plan.deadline_s, MAX_DEADLINE_S)
     _text("reason", plan.reason, MAX_REASON)
+    if plan.change is not None:
+        _check_change(plan.change)
 
 
 def _check_step(step: StepRule) -> None:
@@ -174,11 +175,11 @@ def _check_snapshot(snapshot: Snapshot) -> None:
 
 
 def _check_change(change: Change) -> None:
-    _integer("version", change.version, 1, MAX_U32)
-    if len(change.seeds) % 2 or len(change.seeds) > 2 * MAX_SEEDS:
-        raise _refuse("length of seeds", len(change.seeds), f"an even number up to {2 * MAX_SEEDS}")
-    if len(change.coefficients) != 2 * len(change.seeds):
-        raise _refuse("length of coefficients", len(change.coefficients), "twice the length of seeds")
+    if change.seeds is not None and (len(change.seeds) % 2 or len(change.seeds) > 2 * MAX_SEEDS):
+        raise _refuse("length of change.seeds", len(change.seeds), f"an even number up to {2 * MAX_SEEDS}")
+    _integer("change.exponent", change.exponent, MIN_EXPONENT, MAX_EXPONENT)
+    if len(change.values) > 4 * MAX_SEEDS:
+        raise _refuse("length of change.values", len(change.values), f"at most {4 * MAX_SEEDS}")
 
 
 def _check_update(update: Update) -> None:
@@ -188,10 +189,14 @@ def _check_update(update: Update) -> None:
     if update.held_out_accuracy is not None and not 0.0 <= update.held_out_accuracy <= 1.0:
         raise _refuse("held_out_accuracy", update.held_out_accuracy, "0 to 1")
     _length("model_digest", update.model_digest, MODEL_DIGEST_BYTES)
-    if not update.scalars:
+    if update.change is not None:
+        _check_change(update.change)
+        if update.scalars:
+            raise _refuse("length of scalars", len(update.scalars), "0 beside a change")
+    elif not update.scalars:
         raise PeerError(Refusal.SCALAR_COUNT, "scalars is empty")
-    if len(update.scalars) % 2 or len(update.scalars) > 4 * MAX_LOCAL_STEPS:
-        raise _refuse("length of scalars", len(update.scalars), f"an even number up to {4 * MAX_LOCAL_STEPS}")
+    if len(update.scalars) > 4 * MAX_LOCAL_STEPS:
+        raise _refuse("length of scalars", len(update.scalars), f"at most {4 * MAX_LOCAL_STEPS}")
 
 
 def _check_receipt(receipt: Receipt) -> None:

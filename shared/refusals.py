@@ -27,6 +27,8 @@ class Refusal(IntEnum):
     WEIGHT_OUT_OF_RANGE = 33
     DIVERGED = 34
     COEFFICIENT_COUNT = 35
+    FIRST_ORDER = 36
+    LARGE_CHANGE = 37
     BUSY = 40
     STORAGE = 41
 
@@ -66,6 +68,8 @@ _SENTENCES = {
     Refusal.WEIGHT_OUT_OF_RANGE: "The sample count is outside what the run allows.",
     Refusal.DIVERGED: "The model this device rebuilt differs from the fleet's; its update was left out.",
     Refusal.COEFFICIENT_COUNT: "The number of coefficients is not the run's K.",
+    Refusal.FIRST_ORDER: "This run takes no changes of coefficients; send scalars.",
+    Refusal.LARGE_CHANGE: "The change of the coefficients is larger than the plan's step rule allows.",
     Refusal.BUSY: "The aggregator's queue is full; send the same update again after a pause.",
     Refusal.STORAGE: "The aggregator cannot store updates right now; send the same update again after a pause.",
 }

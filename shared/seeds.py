@@ -54,6 +54,12 @@ def draw(nonce: bytes, device: str | None, steps: int, seeds: int, levels: bytes
     return np.searchsorted(cumulative, np.array(ranks, dtype=np.int64), side="right").astype(np.int64)
 
 
+def rounding_noise(nonce: bytes, device: str | None, steps: int) -> NDArray[np.uint32]:
+    """One u32 per local step, uint32 (steps,): word 2 of what `draw` draws the seed from."""
+    drawn = philox.words(draw_key(nonce, device), 0, DRAW_STREAM, np.arange(steps, dtype=np.uint64))
+    return drawn[:, 2].astype(np.uint32)
+
+
 def takes_part(participation: Participation, nonce: bytes, device: str) -> bool:
     """True when the plan with that nonce selects the device.
 

@@ -83,6 +83,22 @@ def deltas_of_many(rule: StepRule, scalars: NDArray[np.float32], lengths: NDArra
     return np.ascontiguousarray(out.T.astype(np.float32))
 
 
+def longest_change(rule: StepRule, local_steps: int) -> float:
+    """The longest change of coefficients, in the Euclidean norm, that a round's scalars can make; weight units.
+
+    Every step moves one coefficient by clip * step_rms at most. The plain rule bounds nothing: infinity.
+    """
+    return math.inf if isinstance(rule, PlainStep) else local_steps * rule.clip * rule.step_rms
+
+
+def check_length(values: NDArray[np.float32], rule: StepRule, local_steps: int) -> None:
+    """Raise PeerError (LARGE_CHANGE) where a change of coefficients, float32 (n,), is longer than `longest_change`."""
+    wide = values.astype(np.float64)
+    norm, longest = math.sqrt(math.fsum((wide * wide).tolist())), longest_change(rule, local_steps)
+    if norm > longest:
+        raise PeerError(Refusal.LARGE_CHANGE, f"its norm is {norm:.6g}; allowed: {longest:.6g}")
+
+
 def _normalised(rule: NormalisedStep, wide: NDArray[np.float64]) -> NDArray[np.float64]:
     """`_step` for float64 scalars (steps, devices), operation by operation."""
     mean_square = np.full(wide.shape[1], rule.prior_mean_square, dtype=np.float64)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from shared.errors import UserError
 
 ROOT = "kseed"
-Kind = Literal["run", "plan", "snapshot", "change", "update", "receipt", "presence"]
+Kind = Literal["run", "plan", "snapshot", "update", "receipt", "presence"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PER_DEVICE: frozenset[Kind] = frozenset({"update", "receipt", "presence"})
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")

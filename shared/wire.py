@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import PeerError, UserError
-from shared.messages import Change, Message, Plan, Presence, Receipt, Run, ScalarFormat, Snapshot, Update
+from shared.messages import Message, NumberFormat, Plan, Presence, Receipt, Run, Snapshot, Update
+from shared.numbers import NUMBER_BYTES, numbers_from_bytes, numbers_to_bytes
 from shared.ranges import MAX_LISTED_DEVICES, MAX_LOCAL_STEPS, MAX_MANIFEST_BYTES, MAX_SEEDS, check_message
 from shared.refusals import Refusal
 from shared.topics import Kind
@@ -27,7 +28,6 @@ _TYPES: dict[Kind, type[Any]] = {
     "run": Run,
     "plan": Plan,
     "snapshot": Snapshot,
-    "change": Change,
     "update": Update,
     "receipt": Receipt,
     "presence": Presence,
@@ -37,18 +37,14 @@ _KIND_OF = {message_type: kind for kind, message_type in _TYPES.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(message_type) for kind, message_type in _TYPES.items()}
 _ENCODER = msgspec.msgpack.Encoder()
 
-SCALAR_BYTES: dict[ScalarFormat, int] = {"f32": 4, "f16": 2}
-_SCALAR_DTYPES: dict[ScalarFormat, str] = {"f32": "<f4", "f16": "<f2"}
-MAX_F16 = 65504.0
-
 _LONGEST_DETAIL = 200  # characters: msgspec quotes the peer's strings, and a receipt's detail has a limit
-_UPDATE_FIXED_BYTES = 64  # header, array, every field but the scalars: 63 at the most
+_UPDATE_FIXED_BYTES = 64  # header, array, every field but the scalars: 64 at the most
+_UPDATE_CHANGE_BYTES = 80  # the same for every field but what its change holds
 LIMIT_BYTES: dict[Kind, int] = {
     "run": MAX_MANIFEST_BYTES + 4096,
-    "plan": MAX_SEEDS + 66 * MAX_LISTED_DEVICES + 4096,
+    "plan": 5 * MAX_SEEDS + 66 * MAX_LISTED_DEVICES + 4096,  # levels, and a change no longer than a snapshot
     "snapshot": 4 * MAX_SEEDS + 64,
-    "change": 6 * MAX_SEEDS + 64,
-    "update": 4 * MAX_LOCAL_STEPS + _UPDATE_FIXED_BYTES,
+    "update": 4 * MAX_SEEDS + _UPDATE_CHANGE_BYTES,
     "receipt": 4096,
     "presence": 4096,
 }
@@ -108,16 +104,18 @@ def kind_of(message: Message) -> Kind:
     return _KIND_OF[type(message)]
 
 
-def update_limit_bytes(local_steps: int, scalar_format: ScalarFormat) -> int:
-    """The longest payload, in bytes, that an update with `local_steps` scalars can have."""
-    return _UPDATE_FIXED_BYTES + local_steps * SCALAR_BYTES[scalar_format]
+def update_limit_bytes(local_steps: int, run: Run) -> int:
+    """The longest payload, in bytes, that an update of `run` can have in a round of `local_steps`."""
+    size = NUMBER_BYTES[run.scalar_format]
+    longest = _UPDATE_FIXED_BYTES + local_steps * size
+    return max(longest, _UPDATE_CHANGE_BYTES + run.seeds * size) if run.first_order else longest
 
 
-def scalars_to_bytes(scalars: npt.ArrayLike, scalar_format: ScalarFormat) -> bytes:
-    """Scalars (n,) as an update carries them, little-endian, in step order.
+def scalars_to_bytes(scalars: npt.ArrayLike, scalar_format: NumberFormat) -> bytes:
+    """Scalars (n,) as an update carries them, in step order: rounded to nearest even, clamped at the largest.
 
-    "f16" rounds to nearest even and clamps at ±65504, the largest half: a step rule that clips loses nothing by it,
-    and a finite scalar stays finite. Raises UserError for no scalar, NaN or infinity.
+    A step rule that clips loses nothing by the clamp, and a finite scalar stays finite.
+    Raises UserError for no scalar, NaN or infinity.
     """
     values = np.asarray(scalars, dtype=np.float32)
     if values.ndim != 1 or not 1 <= len(values) <= MAX_LOCAL_STEPS or not np.isfinite(values).all():
@@ -125,23 +123,14 @@ def scalars_to_bytes(scalars: npt.ArrayLike, scalar_format: ScalarFormat) -> byt
             f"Scalars of shape {values.shape} cannot be sent; allowed: 1 to {MAX_LOCAL_STEPS} finite numbers. "
             "Check the model for NaN and lower the step."
         )
-    if scalar_format == "f16":
-        values = np.clip(values, -MAX_F16, MAX_F16)
-    return values.astype(_SCALAR_DTYPES[scalar_format]).tobytes()
+    return numbers_to_bytes(values.astype(np.float64), scalar_format)
 
 
-def scalars_from_bytes(data: bytes, scalar_format: ScalarFormat) -> npt.NDArray[np.float32]:
+def scalars_from_bytes(data: bytes, scalar_format: NumberFormat) -> npt.NDArray[np.float32]:
     """Scalars (n,) of an update; n >= 1. Raises PeerError: MALFORMED, SCALAR_COUNT or NON_FINITE."""
-    if len(data) % SCALAR_BYTES[scalar_format]:
-        raise PeerError(Refusal.MALFORMED, f"{len(data)} bytes do not hold whole {scalar_format} scalars")
     if not data:
         raise PeerError(Refusal.SCALAR_COUNT, "scalars is empty")
-    return _finite("scalar", np.frombuffer(data, dtype=_SCALAR_DTYPES[scalar_format]).astype(np.float32))
-
-
-def scalars_as_sent(scalars: npt.ArrayLike, scalar_format: ScalarFormat) -> npt.NDArray[np.float32]:
-    """What the aggregator will read of `scalars` (n,): a device steps by these, so that both sides replay alike."""
-    return scalars_from_bytes(scalars_to_bytes(scalars, scalar_format), scalar_format)
+    return numbers_from_bytes(data, scalar_format, "scalar")
 
 
 def coefficients_to_bytes(coefficients: npt.ArrayLike) -> bytes:
@@ -156,13 +145,13 @@ def coefficients_to_bytes(coefficients: npt.ArrayLike) -> bytes:
 
 
 def coefficients_from_bytes(data: bytes, seeds: int) -> npt.NDArray[np.float32]:
-    """Coefficients (seeds,) of a snapshot (`seeds` = K) or a change (`seeds` = how many seeds it names).
+    """Coefficients (seeds,) of a snapshot with `seeds` = K.
 
     Raises PeerError: COEFFICIENT_COUNT or NON_FINITE.
     """
     if len(data) != 4 * seeds:
         raise PeerError(Refusal.COEFFICIENT_COUNT, f"{len(data)} bytes; allowed: {4 * seeds} for {seeds} float32")
-    return _finite("coefficient", np.frombuffer(data, dtype="<f4").astype(np.float32))
+    return numbers_from_bytes(data, "f32", "coefficient")
 
 
 def seeds_to_bytes(seeds: npt.ArrayLike) -> bytes:
@@ -190,10 +179,3 @@ def seeds_from_bytes(data: bytes, seeds: int) -> npt.NDArray[np.int64]:
 
 def _is_increasing(values: npt.NDArray[np.int64]) -> bool:
     return bool((np.diff(values) > 0).all())
-
-
-def _finite(what: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise PeerError(Refusal.NON_FINITE, f"{what} {bad[0]} is {values[bad[0]]}")
-    return values

@@ -11,22 +11,24 @@ import math
 import struct
 from fractions import Fraction
 
-from second_maths import deltas, draw, f32, significance_levels, takes_part
+from second_changes import WIDTHS, finite, publish
+from second_changes import read as read_change
+from second_maths import deltas, draw, significance_levels, takes_part
+from second_msgpack import Refused
 
 POOL = 256
-FLOAT32_MAX = 3.4028234663852886e38
 CODES = {"ACCEPTED": 0, "DUPLICATE": 1, "MALFORMED": 10, "STALE_ROUND": 21, "FUTURE_ROUND": 22, "NOT_SELECTED": 23}
 CODES |= {"CONFLICT": 24, "RUN_CLOSED": 25, "NON_FINITE": 30, "SCALAR_COUNT": 31, "WEIGHT_OUT_OF_RANGE": 33}
-CODES |= {"DIVERGED": 34}
+CODES |= {"SEED_OUTSIDE_POOL": 32, "DIVERGED": 34, "COEFFICIENT_COUNT": 35, "FIRST_ORDER": 36, "LARGE_CHANGE": 37}
 
 
 class NaiveRun:
     """One run. `settings` is the run's configuration as a dict; an update is a dict with its device and payload."""
 
-    def __init__(self, settings, key, scalar_format):
-        self.settings, self.key, self.letter = settings, key, {"f32": "f", "f16": "e"}[scalar_format]
+    def __init__(self, settings, key):
+        self.settings, self.key, self.form = settings, key, settings["scalar_format"]
         self.phase, self.reason, self.round = "created", "", 0
-        self.coefficients = [0.0] * POOL
+        self.coefficients, self.carried, self.change = [0.0] * POOL, [0.0] * POOL, None
         self.accepted, self.late = {}, {}  # device -> update of this round; (device, round) -> update of an earlier one
         self.past = []  # closed rounds that are remembered: what an update of theirs is judged by
         self.excluded = {}  # device -> round in which its model differed last
@@ -116,6 +118,7 @@ class NaiveRun:
             "published_at_ms": self.published_at,
             "deadline_s": s["deadline_s"],
             "reason": self.reason,
+            "change": self.change and {name: getattr(x, "hex", lambda x=x: x)() for name, x in self.change.items()},
         }
 
     def coefficient_bytes(self):
@@ -148,14 +151,29 @@ class NaiveRun:
         return "DUPLICATE" if first["payload"] == update["payload"] else "CONFLICT"
 
     def _wrong_numbers(self, update):
-        size = struct.calcsize(self.letter)
-        if len(update["scalars"]) % size:
+        size = WIDTHS[self.form]
+        if update["change"] is not None:
+            if self.settings["first_order"] == "refuse":
+                return "FIRST_ORDER"
+            try:
+                _, values = read_change(update["change"], self.form, POOL, None)
+            except Refused as refused:
+                return refused.args[0]
+            rule = next((one["rule"] for one in self.past if one["round"] == update["round"]), self._rule())
+            if math.sqrt(sum(Fraction(x) ** 2 for x in values)) > (
+                self.settings["local_steps"] * rule["clip"] * rule["step_rms"]
+            ):
+                return "LARGE_CHANGE"
+        elif len(update["scalars"]) % size:
             return "MALFORMED"
-        if not 1 <= len(update["scalars"]) // size <= self.settings["local_steps"]:
+        elif not 1 <= len(update["scalars"]) // size <= self.settings["local_steps"]:
             return "SCALAR_COUNT"
         losses = (update["train_loss"], update["held_out_loss"], update["held_out_accuracy"])
-        numbers = (*self._scalars(update), *(loss for loss in losses if loss is not None))
-        if not all(map(math.isfinite, numbers)):
+        try:
+            self._scalars(update)
+        except Refused as refused:
+            return refused.args[0]
+        if not all(math.isfinite(loss) for loss in losses if loss is not None):
             return "NON_FINITE"
         return None if 1 <= update["samples"] <= self.settings["max_samples"] else "WEIGHT_OUT_OF_RANGE"
 
@@ -167,8 +185,7 @@ class NaiveRun:
         return "CONFLICT" if update["device"] in past["accepted"] else None
 
     def _scalars(self, update):
-        count = len(update["scalars"]) // struct.calcsize(self.letter)
-        return struct.unpack(f"<{count}{self.letter}", update["scalars"])
+        return finite(update["scalars"], self.form)
 
     def _votes(self):
         return sum(device not in self.excluded for device in self.accepted)
@@ -182,6 +199,7 @@ class NaiveRun:
         right = [digest for digest in set(votes) if 2 * votes.count(digest) > len(votes)]
         counted = [name for name in sorted(self.accepted) if right and self.accepted[name]["digest"] == right[0]]
         left_out = [name for name in sorted(self.accepted) if name not in counted]
+        self.change = {"seeds": b"", "exponent": 0, "values": b""}
         if right:
             self._combine(counted)
             for name in counted:
@@ -217,19 +235,27 @@ class NaiveRun:
         change, drawn = [0.0] * POOL, []
         for name, made in sorted(updates):
             plan, update = plans[made], updates[name, made]
-            scalars = self._scalars(update)
+            own, scalars = [0.0] * POOL, self._scalars(update)
+            if update["change"] is not None:
+                for seed, value in zip(*read_change(update["change"], self.form, POOL, None), strict=True):
+                    own[seed] = value
             owner = None if self.settings["common_seeds"] else name
             _, seeds = draw(self._nonce(made), owner, len(scalars), POOL, plan["levels"])
-            own = [0.0] * POOL
             for seed, delta in zip(seeds, deltas(plan["rule"], scalars), strict=True):
                 own[seed] += delta
             weight = (update["samples"] if is_by_samples else 1) / total / math.sqrt(1 + self.round - made)
             change = [all_ + weight * one for all_, one in zip(change, own, strict=True)]
             drawn += zip(seeds, scalars, strict=True)
-        moved = [a + self.settings["server_lr"] * d for a, d in zip(self.coefficients, change, strict=True)]
-        if not all(abs(value) <= FLOAT32_MAX for value in moved):
+        total = [self.settings["server_lr"] * d for d in change]
+        common = None
+        if self.settings["common_seeds"]:
+            _, common = draw(self._nonce(self.round), None, self.settings["local_steps"], POOL, self._levels())
+        following = publish(
+            self.coefficients, self.carried, total, self.settings["change_format"], common and sorted(set(common))
+        )
+        if following is None:
             return
-        self.coefficients = [f32(value) for value in moved]
+        self.coefficients, self.carried, self.change = following
         for seed, scalar in drawn:
             self.sums[seed] += min(abs(scalar), 1000.0)
             self.counts[seed] += 1
@@ -239,14 +265,8 @@ class NaiveRun:
         """The normalised rule's next step: the fleet's mean square, and a step that keeps its promises."""
         if self.settings["step"] == "plain":
             return
-        scalars = [self._scalars(update) for update in updates]
-        squares = sorted(float(sum(Fraction(g) ** 2 for g in one)) / len(one) for one in scalars)
-        median = (squares[(len(squares) - 1) // 2] + squares[len(squares) // 2]) / 2
-        steps = sum(map(len, scalars))
-        total = self.count + steps
-        self.mean_square = self.mean_square * (self.count / total) + median * (steps / total)
-        self.count = min(total, max(1, round(1 / (1 - self.settings["decay"]))))
-        promise = self.settings["server_lr"] * self.step_rms * (steps / len(scalars)) * math.sqrt(self.mean_square)
+        scalars = [self._scalars(update) for update in updates if update["change"] is None]
+        promise = self._learn_squares(scalars) if scalars else 0.0
         known = [update for update in updates if update["held_out_loss"] is not None]
         if not known:
             self.promised += promise
@@ -259,6 +279,16 @@ class NaiveRun:
             first = self.settings["step_rms"]
             self.step_rms = min(64 * first, max(first / 64, self.step_rms * factor))
         self.reference, self.promised = loss, promise
+
+    def _learn_squares(self, scalars):
+        """The mean square, and what the next round promises."""
+        squares = sorted(float(sum(Fraction(g) ** 2 for g in one)) / len(one) for one in scalars)
+        median = (squares[(len(squares) - 1) // 2] + squares[len(squares) // 2]) / 2
+        steps = sum(map(len, scalars))
+        total = self.count + steps
+        self.mean_square = self.mean_square * (self.count / total) + median * (steps / total)
+        self.count = min(total, max(1, round(1 / (1 - self.settings["decay"]))))
+        return self.settings["server_lr"] * self.step_rms * (steps / len(scalars)) * math.sqrt(self.mean_square)
 
     # What follows from the settings.
 

@@ -14,13 +14,16 @@ DEVICES = ("ann", "bob", "cas", "dan", "eve")
 MODEL, OTHER, THIRD = b"m" * 16, b"x" * 16, b"y" * 16
 NAN, INF = math.nan, math.inf
 
+steps_and_kinds = st.sampled_from([("plain", "refuse"), ("normalised", "refuse"), ("normalised", "accept")]).map(
+    lambda pair: {"step": pair[0], "first_order": pair[1]}
+)
 configurations = st.fixed_dictionaries(
     {
         "seeds": st.just(256),
         "local_steps": st.sampled_from([3, 3, 1]),
         "rounds": st.sampled_from([30, 30, 30, 4]),
-        "scalar_format": st.sampled_from(["f32", "f16"]),
-        "step": st.sampled_from(["plain", "normalised"]),
+        "scalar_format": st.sampled_from(["f32", "f16", "f8"]),
+        "change_format": st.sampled_from(["f32", "f16", "f8"]),
         "lr": st.just(0.5),
         "clip": st.sampled_from([3.0, 0.5]),
         "decay": st.sampled_from([0.0, 0.9]),
@@ -41,6 +44,16 @@ leasts = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 3)
 selections = st.sampled_from([{}, {}, {}, {"participation": 0.4}, {"devices": ("ann", "bob", "cas", "dan")}])
 numbers = st.sampled_from([0.0, -0.0, 1.0, -2.5, 7.25, 1 / 3, 1500.0, 65504.0, 1e-7, 3e38, -3e38, 1e-45])
 losses = st.sampled_from([2.0, 3.0, 1.0, 2.5, -1.0, 9.0, None])
+# Seeds, exponent and numbers of a change; seeds None: all. Most are short enough for the step rule.
+few = st.lists(st.integers(0, 255), min_size=0, max_size=4, unique=True).map(sorted)
+moves = few.flatmap(
+    lambda seeds: st.tuples(
+        st.just(seeds),
+        st.sampled_from([-12, -12, -14, -160, 0]),
+        st.lists(st.sampled_from([1.0, -2.5, 7.25, 1 / 3, 0.0]), min_size=len(seeds), max_size=len(seeds)),
+    )
+) | st.just((None, -16, [0.5, -1.0, 0.25, 1 / 3] * 64))
+odd_moves = st.sampled_from([([5, 4], 0, [1.0, 1.0]), ([256], -12, [1.0]), ([1], -12, []), ([1], 127, [7.25])])
 fields = st.fixed_dictionaries(
     {
         "device": st.sampled_from(DEVICES),
@@ -50,6 +63,7 @@ fields = st.fixed_dictionaries(
         "held_out_accuracy": st.sampled_from([None, None, 0.5, NAN]),
         "digest": st.sampled_from([MODEL] * 5 + [OTHER, THIRD]),
         "numbers": st.lists(numbers, min_size=1, max_size=3),
+        "moves": st.none() | moves | odd_moves,
     }
 )
 good = st.fixed_dictionaries(
@@ -62,6 +76,7 @@ good = st.fixed_dictionaries(
         "held_out_accuracy": st.none(),
         "digest": st.sampled_from([MODEL] * 8 + [OTHER]),
         "numbers": st.lists(st.sampled_from([1.0, -2.5, 7.25, 1 / 3, 0.0]), min_size=1, max_size=3),
+        "moves": st.none() | moves,
     }
 )
 rounds_of_updates = st.lists(good, min_size=1, max_size=5, unique_by=lambda update: update["device"])

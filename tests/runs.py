@@ -36,6 +36,7 @@ def update_of(round_number: int = 0, **fields: Any) -> Update:
         "held_out_accuracy": None,
         "model_digest": FLEET_MODEL,
         "scalars": scalars_to_bytes(np.array([1, 2, 3], np.float32), "f32"),
+        "change": None,
     }
     return Update(**{**usual, **fields})
 

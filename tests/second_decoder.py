@@ -5,24 +5,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-import struct
 
+from second_changes import WIDTHS, finite
+from second_changes import read as read_change
 from second_msgpack import Refused, need, unpack
 
 LIMITS = {  # section 5
     "run": 1_052_672,
-    "plan": 137_216,
+    "plan": 399_360,
     "snapshot": 262_208,
-    "change": 393_280,
-    "update": 65_600,
+    "update": 262_224,
     "receipt": 4_096,
     "presence": 4_096,
 }
-KIND_NUMBERS = {"run": 1, "plan": 2, "snapshot": 3, "change": 4, "update": 5, "receipt": 6, "presence": 7}
-CODES = {0, 1, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25, 30, 31, 32, 33, 34, 35, 40, 41}  # section 6
+KIND_NUMBERS = {"run": 1, "plan": 2, "snapshot": 3, "update": 4, "receipt": 5, "presence": 6}
+CODES = {0, 1, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25, 30, 31, 32, 33, 34, 35, 36, 37, 40, 41}  # section 6
 POOLS = {1 << bits for bits in range(8, 17)}
 
 
@@ -64,6 +63,8 @@ STEPS = {
     ],
 }
 SELECTIONS = {"everyone": [], "threshold": [("below", INT)], "listed": [("devices", TEXTS)]}
+CHANGE = ("record", [("seeds", [BYTES]), ("exponent", INT), ("values", BYTES)])
+FORMATS = ("f32", "f16", "f8")
 FIELDS = {
     "run": [
         ("run", TEXT),
@@ -75,7 +76,9 @@ FIELDS = {
         ("manifest", BYTES),
         ("manifest_digest", BYTES),
         ("base_digest", BYTES),
-        ("scalar_format", ("f32", "f16")),
+        ("scalar_format", FORMATS),
+        ("change_format", FORMATS),
+        ("first_order", BOOL),
     ],
     "plan": [
         ("round", INT),
@@ -92,9 +95,9 @@ FIELDS = {
         ("published_at_ms", INT),
         ("deadline_s", FLOAT),
         ("reason", TEXT),
+        ("change", [CHANGE]),
     ],
     "snapshot": [("version", INT), ("coefficients", BYTES)],
-    "change": [("version", INT), ("seeds", BYTES), ("coefficients", BYTES)],
     "update": [
         ("round", INT),
         ("samples", INT),
@@ -103,6 +106,7 @@ FIELDS = {
         ("held_out_accuracy", [FLOAT]),
         ("model_digest", BYTES),
         ("scalars", BYTES),
+        ("change", [CHANGE]),
     ],
     "receipt": [("round", INT), ("code", INT), ("detail", TEXT)],
     "presence": [
@@ -125,6 +129,8 @@ def typed(values, fields):
 def convert(value, wanted):
     if type(wanted) is list:  # or nil
         return None if value is None else convert(value, wanted[0])
+    if type(wanted) is tuple and wanted[0] == "record":
+        return typed(value, wanted[1])
     if type(wanted) is tuple:  # one of these names
         need(type(value) is str and value in wanted)
         return value
@@ -180,6 +186,7 @@ def check_plan(plan):
     need(plan["levels"] is None or len(plan["levels"]) in POOLS)
     need(0 <= plan["published_at_ms"] < 2**53 and 0 < plan["deadline_s"] <= 31_536_000)
     need(len(plan["reason"]) <= 512)
+    check_change(plan["change"])
 
 
 def check_snapshot(snapshot):
@@ -188,9 +195,11 @@ def check_snapshot(snapshot):
 
 
 def check_change(change):
-    need(1 <= change["version"] < 2**32)
-    need(len(change["seeds"]) % 2 == 0 and len(change["seeds"]) <= 2 * 65_536)
-    need(len(change["coefficients"]) == 2 * len(change["seeds"]))
+    if change is None:
+        return
+    seeds = change["seeds"] or b""
+    need(len(seeds) % 2 == 0 and len(seeds) <= 131_072)
+    need(-160 <= change["exponent"] <= 127 and len(change["values"]) <= 262_144)
 
 
 def check_update(update):
@@ -198,8 +207,10 @@ def check_update(update):
     need(1 <= update["samples"] < 2**32, "WEIGHT_OUT_OF_RANGE")
     need(update["held_out_accuracy"] is None or 0 <= update["held_out_accuracy"] <= 1)
     need(len(update["model_digest"]) == 16)
-    need(update["scalars"], "SCALAR_COUNT")
-    need(len(update["scalars"]) % 2 == 0 and len(update["scalars"]) <= 65_536)
+    check_change(update["change"])
+    need(update["change"] is None or not update["scalars"])
+    need(update["change"] is not None or update["scalars"], "SCALAR_COUNT")
+    need(len(update["scalars"]) <= 65_536)
 
 
 def check_receipt(receipt):
@@ -215,7 +226,6 @@ RANGES = {
     "run": check_run,
     "plan": check_plan,
     "snapshot": check_snapshot,
-    "change": check_change,
     "update": check_update,
     "receipt": check_receipt,
     "presence": check_presence,
@@ -226,27 +236,20 @@ RANGES = {
 
 
 def numbers(kind, message, context):
-    pool, form = context.get("seeds"), context.get("scalar_format")
+    pool, form = context.get("seeds"), context.get("change_format" if kind == "plan" else "scalar_format")
+    if message.get("change") is not None:
+        if pool is None or form is None:
+            return {}
+        known = context.get("known_seeds") if kind == "plan" else None
+        return dict(zip(("seeds", "values"), read_change(message["change"], form, pool, known), strict=True))
     if kind == "update" and form is not None:
-        size = {"f32": 4, "f16": 2}[form]
-        need(len(message["scalars"]) % size == 0)
-        need(len(message["scalars"]) // size <= context.get("local_steps", 16_384), "SCALAR_COUNT")
-        return {"scalars": finite(message["scalars"], {"f32": "f", "f16": "e"}[form], size)}
+        need(len(message["scalars"]) % WIDTHS[form] == 0)
+        need(len(message["scalars"]) // WIDTHS[form] <= context.get("local_steps", 16_384 * 4), "SCALAR_COUNT")
+        return {"scalars": finite(message["scalars"], form)}
     if kind == "snapshot" and pool is not None:
         need(len(message["coefficients"]) == 4 * pool, "COEFFICIENT_COUNT")
-        return {"coefficients": finite(message["coefficients"], "f", 4)}
-    if kind == "change" and pool is not None:
-        seeds = list(struct.unpack(f"<{len(message['seeds']) // 2}H", message["seeds"]))
-        need(all(before < after for before, after in itertools.pairwise(seeds)))
-        need(all(seed < pool for seed in seeds), "SEED_OUTSIDE_POOL")
-        return {"seeds": seeds, "coefficients": finite(message["coefficients"], "f", 4)}
+        return {"coefficients": finite(message["coefficients"], "f32")}
     return {}
-
-
-def finite(data, letter, size):
-    values = list(struct.unpack(f"<{len(data) // size}{letter}", data))
-    need(all(map(math.isfinite, values)), "NON_FINITE")
-    return values
 
 
 def in_json(value):

@@ -33,8 +33,9 @@ from shared.faults import Faults
 from shared.loopback import LoopbackNetwork
 from shared.manifest import Manifest, RunBase, Tensor
 from shared.messages import Plan, Run, Update
+from shared.numbers import rounded_by_chance
 from shared.seeds import draw
-from shared.wire import coefficients_from_bytes, scalars_as_sent, scalars_to_bytes
+from shared.wire import coefficients_from_bytes, scalars_to_bytes
 
 TURN_S = 0.05
 SHAPES = {"bias": (4,), "weight": (4, 8)}
@@ -113,7 +114,7 @@ class LinearTrainer:
                 continue
             self.steps_taken += 1
             plus, minus = self.loss((seed, plan.eps)), self.loss((seed, -plan.eps))
-            (scalar,) = scalars_as_sent([(plus - minus) / (2 * plan.eps)], self._run.scalar_format)
+            scalar = rounded_by_chance((plus - minus) / (2 * plan.eps), self._run.scalar_format, 2**31)
             state, delta = steprule.advance(plan.step, state, scalar)
             self.coefficients[seed] += delta
             scalars.append(scalar)
@@ -121,7 +122,9 @@ class LinearTrainer:
             if (yield StepReport(step, plan.local_steps, losses[-1], float(scalar))):
                 break
         sent = scalars_to_bytes(scalars, self._run.scalar_format)
-        return Trained(Update(plan.round, self.samples, float(np.mean(losses)), held_out, None, model_digest, sent))
+        return Trained(
+            Update(plan.round, self.samples, float(np.mean(losses)), held_out, None, model_digest, sent, None)
+        )
 
     def evaluate(self, version: int) -> Job:
         yield HeldOutReport(self.samples, self.samples, self.loss())

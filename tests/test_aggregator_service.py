@@ -17,7 +17,7 @@ from aggregator.store import Store
 from shared.errors import UnavailableError
 from shared.faults import Fault, Faults, Strike
 from shared.loopback import LoopbackNetwork
-from shared.messages import Change, Plan, Receipt, Run, Snapshot, Update
+from shared.messages import Plan, Receipt, Run, Snapshot, Update
 from shared.refusals import Refusal
 from shared.topics import parse_topic
 from shared.transport import Received, Transport
@@ -42,7 +42,7 @@ class Device:
     def __init__(self, network: LoopbackNetwork, name: str) -> None:
         self.name = name
         self.transport = network.transport(name)
-        for kind in ("run", "plan", "snapshot", "change", f"receipt/{name}"):
+        for kind in ("run", "plan", "snapshot", f"receipt/{name}"):
             self.transport.subscribe(f"kseed/night/{kind}")
         self.transport.start()
         self.heard: list[Any] = []
@@ -133,9 +133,9 @@ def test_a_round_goes_from_plan_to_the_next_plan(setting: Setting) -> None:
     setting.run(a, b)
     assert a.codes == b.codes == [Refusal.ACCEPTED]
     heard = [type(message) for message in a.heard[3:]]
-    assert heard == [Receipt, Snapshot, Change, Plan]
+    assert heard == [Receipt, Snapshot, Plan]
     assert a.heard[-1].round == 1
-    assert coefficients_of(a.heard[-3].coefficients).tolist() == coefficients_of(setting.state.coefficients).tolist()
+    assert coefficients_of(a.heard[-2].coefficients).tolist() == coefficients_of(setting.state.coefficients).tolist()
     assert "round 0 of 4 closed: 2 of 2 updates, train loss 2.0000, held-out loss 3.0000" in setting.log
     (record,) = [json.loads(line) for line in setting.metrics.read_text().splitlines()]
     assert (record["run"], record["round"], record["counted"]) == ("night", 0, 2)
@@ -310,7 +310,7 @@ def test_any_two_faults_leave_the_fold_of_the_accepted_updates(tmp_path: Path, o
 
 BAD: dict[str, tuple[bytes, Refusal]] = {
     "one byte": (b"\x01", Refusal.MALFORMED),
-    "noise": (b"\x01\x05\xff\xff", Refusal.MALFORMED),
+    "noise": (b"\x01\x04\xff\xff", Refusal.MALFORMED),
     "another version": (b"\x09" + encode(update_of())[1:], Refusal.UNSUPPORTED_VERSION),
     "another kind": (encode(Receipt(0, 0, "")), Refusal.WRONG_KIND),
     "cut": (encode(update_of())[:-3], Refusal.MALFORMED),

@@ -176,7 +176,7 @@ def test_presence_of_more_devices_than_fit_is_not_listed() -> None:
     attendance.hear("d0", presence(False), START_MS + 1)
     attendance.hear("d1", presence(True, "on battery"), START_MS + 2)
     attendance.hear("d2", b"", START_MS + 3)
-    attendance.hear("d1", b"\x01\x07noise", START_MS + 4)
+    attendance.hear("d1", b"\x01\x06noise", START_MS + 4)
     assert attendance.online == 1
     assert attendance.changes()[1] == Seen("d1", True, "on battery", "kseed/0.1", START_MS + 2)
     attendance.forget_changes()

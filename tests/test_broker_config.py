@@ -143,7 +143,7 @@ def test_a_broker_whose_packets_are_too_short_for_the_run_is_refused_at_once(tmp
         done = subprocess.run([*command, *where], capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.returncode == 2
         assert done.stderr.splitlines() == [
-            "error: the broker takes packets of up to 9000 bytes, run 'night' needs 16960. "
+            "error: the broker takes packets of up to 9000 bytes, run 'night' needs 22016. "
             f"Set max_packet_size {MAX_PACKET_BYTES} in mosquitto.conf (`kseed-aggregator broker-config` writes one)."
         ]
         with Store.open(path) as store:
@@ -161,9 +161,9 @@ def test_a_broker_that_names_no_limit_is_taken_at_its_word() -> None:
 
 def test_what_a_run_needs_goes_by_its_longest_message() -> None:
     error = packet_limit_error(spec_of(), 1)
-    assert "needs 1792." in str(error)  # a plan of K = 256
-    assert "needs 262720." in str(packet_limit_error(spec_of(seeds=65536), 1))  # a snapshot
-    assert packet_limit_error(spec_of(), 1792) is None
+    assert "needs 2816." in str(error)  # a plan of K = 256
+    assert "needs 329216." in str(packet_limit_error(spec_of(seeds=65536), 1))  # a plan with levels and change
+    assert packet_limit_error(spec_of(), 2816) is None
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def plan(step: StepRule, *, common_seeds: bool = False, levels: bytes | None = N
     return Plan(
         round=0, phase="open", nonce=bytes(range(16)), local_steps=6, batch_size=3, eps=EPS, step=step,
         participation=Everyone(), common_seeds=common_seeds, levels=levels, evaluate=False, published_at_ms=0,
-        deadline_s=60.0, reason="",
+        deadline_s=60.0, reason="", change=None,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(broken: float
 
 
 @pytest.mark.parametrize("rule", [PLAIN, NORMALISED], ids=["plain", "normalised"])
-@pytest.mark.parametrize("scalar_format", ["f32", "f16"])
+@pytest.mark.parametrize("scalar_format", ["f32", "f16", "f8"])
 def test_coefficients_after_local_steps_are_a_replay_of_the_scalars(rule: StepRule, scalar_format: str) -> None:
     overlay = overlay_of(tiny_model("llama"))
     a = overlay.coefficients

@@ -49,7 +49,7 @@ def accepted_updates(store: Path) -> dict[int, dict[str, Update]]:
 def fold(fleet: SmallFleet) -> np.ndarray:
     """The coefficients that the accepted updates make, by FedKSeed's formula, step by step."""
     config = fleet.spec.config
-    a = np.zeros(config.seeds, np.float32)
+    a = carried = np.zeros(config.seeds, np.float32)
     rounds = accepted_updates(fleet.store.path)
     for number in range(fleet.store.run("demo").progress.round):
         updates = rounds[number]
@@ -62,7 +62,9 @@ def fold(fleet: SmallFleet) -> np.ndarray:
             for seed, g in zip(seeds, scalars, strict=True):
                 change[seed] += np.float32(-config.lr * float(g))
             combined += updates[device].samples / total * change
-        a = (a.astype(np.float64) + config.server_lr * combined).astype(np.float32)
+        wanted = carried.astype(np.float64) + config.server_lr * combined
+        after = np.where(combined != 0, a + wanted.astype(np.float32), a)
+        a, carried = after, (wanted - (after.astype(np.float64) - a)).astype(np.float32)
     return a
 
 
@@ -107,7 +109,7 @@ def test_run_under_a_pair_of_faults_is_the_fold_of_its_updates(tmp_path, pair):
 
 
 @pytest.mark.parametrize("fault", [*FIVE, Fault.LOSE, Fault.CUT, Fault.REFUSE], ids=lambda fault: fault.name.lower())
-@pytest.mark.parametrize("kind", ["run", "plan", "snapshot", "change", "update", "receipt", "presence"])
+@pytest.mark.parametrize("kind", ["run", "plan", "snapshot", "update", "receipt", "presence"])
 def test_fault_on_the_second_message_of_a_kind_changes_nothing(tmp_path, fault, kind):
     fleet = started(tmp_path, Faults((Strike(fault, 1, f"demo/{kind}"),)))
     fleet.run_to_the_end()

@@ -37,7 +37,7 @@ def test_the_corpus_reaches_every_kind_and_every_way_to_refuse_a_payload():
     found = [(kind, outcome(kind, payload, context)) for kind, payload, context in map(frame, CORPUS["wire"])]
     assert {kind for kind, came_to in found if "message" in came_to} == set(KINDS)
     by_rounds = {"ACCEPTED", "DUPLICATE", "RETAINED", "UNKNOWN_RUN", "STALE_ROUND", "FUTURE_ROUND", "NOT_SELECTED"}
-    by_rounds |= {"CONFLICT", "RUN_CLOSED", "DIVERGED", "BUSY", "STORAGE"}
+    by_rounds |= {"CONFLICT", "RUN_CLOSED", "DIVERGED", "BUSY", "STORAGE", "FIRST_ORDER", "LARGE_CHANGE"}
     assert {came_to.get("refusal") for _, came_to in found} - {None} == {code.name for code in Refusal} - by_rounds
 
 

@@ -34,8 +34,19 @@ from aggregator.events import (
 from aggregator.reports import RoundReport
 from aggregator.rounds import TABLE, step
 from aggregator.spec import nonce
-from aggregator.state import Exclusion, Phase, State, change_between, coefficients_of, new_state, plan_of
-from shared.messages import Change, Everyone, Listed, NormalisedStep, Plan, Receipt, Run, Snapshot, Threshold
+from aggregator.state import Exclusion, Phase, State, coefficients_of, new_state, plan_of
+from shared.messages import (
+    Change,
+    Everyone,
+    Listed,
+    NormalisedStep,
+    NumberFormat,
+    Plan,
+    Receipt,
+    Run,
+    Snapshot,
+    Threshold,
+)
 from shared.refusals import Refusal
 from shared.seeds import draw, takes_part
 from shared.steprule import deltas
@@ -293,7 +304,6 @@ def test_the_update_that_makes_the_quorum_closes_the_round() -> None:
         KeepVersion,
         KeepProgress,
         Snapshot,
-        Change,
         Plan,
     ]
     assert state.progress.round == 1
@@ -311,33 +321,47 @@ def test_the_next_version_is_the_average_of_the_replayed_updates() -> None:
         by_hand[seed] -= 0.75 * 0.5 * g  # 30 of 40 samples, lr 0.5
     by_hand[draw(nonce(first.spec, 0), "a", 1, 256, None)[0]] -= 0.25 * 0.5 * 8.0
     assert coefficients_of(state.coefficients).tolist() == by_hand.astype(np.float32).tolist()
-    change = published(actions, Change)
+    change = published(actions, Plan).change
+    assert change is not None and change.seeds is not None
     assert np.frombuffer(change.seeds, "<u2").tolist() == np.flatnonzero(by_hand).tolist()
-    assert np.frombuffer(change.coefficients, "<f4").tolist() == by_hand[by_hand != 0].tolist()
+    assert np.frombuffer(change.values, "<f4").tolist() == by_hand[by_hand != 0].tolist()
 
 
 def test_common_seeds_are_the_same_for_all_devices() -> None:
     state, actions = after(opened(common_seeds=True), arrival("a", update_of()), arrival("b", update_of()))
-    change = published(actions, Change)
+    change = published(actions, Plan).change
     expected = sorted(set(draw(nonce(state.spec, 0), None, 3, 256, None).tolist()))
-    assert np.frombuffer(change.seeds, "<u2").tolist() == expected
+    assert np.flatnonzero(coefficients_of(state.coefficients)).tolist() == expected
+    assert change is not None and change.seeds is None and len(change.values) == 4 * len(expected)
 
 
-def test_no_change_is_published_where_the_snapshot_is_shorter() -> None:
+def test_a_plan_has_no_change_where_the_snapshot_is_shorter() -> None:
     scalars = scalars_to_bytes(np.ones(2000, np.float32), "f32")
     state = opened(local_steps=2000, quorum=1)
     _, actions = step(state, arrival("a", update_of(scalars=scalars)))
-    kinds = [type(a.message) for a in actions if isinstance(a, Publish)]
-    assert kinds == [Snapshot, Plan]
+    assert published(actions, Plan).change is None
 
 
-def test_a_change_names_a_zero_that_changes_its_sign() -> None:
-    old = opened()
-    advanced = msgspec.structs.replace(old.progress, round=1)
-    new = replace(old, progress=advanced, coefficients=np.array([0.0] * 255 + [-0.0], "<f4").tobytes())
-    change = change_between(old, new)
+def test_every_plan_of_a_round_has_its_change() -> None:
+    state, actions = closed_round()
+    change = published(actions, Plan).change
     assert change is not None
-    assert np.frombuffer(change.seeds, "<u2").tolist() == [255]
+    paused = step(state, Pause(START_MS, "lunch"))
+    assert published(paused.actions, Plan).change == change
+    assert published(step(state, Begin(START_MS)).actions, Plan).change == change
+
+
+@pytest.mark.parametrize("form", ["f32", "f16", "f8"])
+def test_what_a_change_rounds_away_is_carried_into_the_next_round(form: NumberFormat) -> None:
+    state = opened(change_format=form, quorum=1, rounds=9, lr=0.3)
+    exact = np.zeros(256)
+    for number in range(5):
+        for seed, g in zip(draw(nonce(state.spec, number), "a", 3, 256, None), (1.0, 2.0, 3.0), strict=True):
+            exact[seed] += np.float32(-0.3 * g)
+        state = after(state, arrival("a", update_of(number))).state
+    a, carried = coefficients_of(state.coefficients), coefficients_of(state.carried)
+    assert np.allclose(a.astype(np.float64) + carried, exact, rtol=0, atol=1e-7)
+    assert (form == "f32") == bool(np.allclose(a, exact, rtol=0, atol=1e-6))
 
 
 @given(order=st.permutations(["a", "b", "c", "d"]))
@@ -591,7 +615,7 @@ def test_without_a_majority_nothing_is_combined_and_everyone_is_told() -> None:
     assert OTHER_MODEL.hex() in told
     assert report_in(actions).outcome == "no majority"
     assert "nothing combined" in notes(actions)
-    assert published(actions, Change) == Change(1, b"", b"")
+    assert published(actions, Plan).change == Change(b"", 0, b"")
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,23 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import msgspec
+import second_changes
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from naive_rounds import CODES, NaiveRun
-from round_events import DEVICES, configurations, fields, frozen, good, leasts, rounds_of_updates, selections
+from round_events import (
+    DEVICES,
+    configurations,
+    fields,
+    frozen,
+    good,
+    leasts,
+    rounds_of_updates,
+    selections,
+    steps_and_kinds,
+)
 from runs import BASE, START_MS
+from second_maths import draw
 
 from aggregator import rounds, verification
 from aggregator.config import RunConfig
@@ -41,7 +53,7 @@ from aggregator.spec import new_spec
 from aggregator.state import plan_of
 from aggregator.store import Store
 from shared.errors import UserError
-from shared.messages import Change, Snapshot, Update
+from shared.messages import Change, Plan, Snapshot, Update
 from shared.refusals import Refusal
 from shared.wire import encode
 from tools.vectors_wire import plain
@@ -54,9 +66,9 @@ passing_ms = st.sampled_from([0, 1, 900, 30_000, 61_000])
 class Rounds(RuleBasedStateMachine):
     """One run. `model` is the naive one, `state` and `store` are the aggregator's."""
 
-    @initialize(config=configurations, least=leasts, who=selections)
-    def create(self, config, least, who):
-        config = {**config, **least, **who}
+    @initialize(config=configurations, kinds=steps_and_kinds, least=leasts, who=selections)
+    def create(self, config, kinds, least, who):
+        config = {**config, **kinds, **least, **who}
         self.folder = tempfile.TemporaryDirectory(dir=FAST)
         self.path = Path(self.folder.name) / "store.sqlite"
         self.store = Store.open(self.path, may_create=True)
@@ -64,10 +76,11 @@ class Rounds(RuleBasedStateMachine):
         self.spec = new_spec("night", BASE, run, pool_key=7, nonce_key=KEY)
         self.store.create(self.spec, START_MS)
         self.state = self.store.state("night")
-        self.model = NaiveRun(msgspec.structs.asdict(run), KEY, run.scalar_format)
+        self.model = NaiveRun(msgspec.structs.asdict(run), KEY)
         self.now_ms = START_MS
         self.sent: list[dict] = []
-        self.follower = bytes(1024)  # the coefficients of a device that applies changes
+        self.follower = bytes(1024)  # the coefficients of a device
+        self.plan = None  # the latest that it heard
         self.turn([(Begin(START_MS), self.model.begin)])
 
     # --- what the aggregator's loop does with events: decide, commit, send
@@ -99,30 +112,31 @@ class Rounds(RuleBasedStateMachine):
             self.store.commit("night", keeps, self.now_ms)
 
     def check_order(self, actions):
-        """A version is published as snapshot, change, plan; and only together with what keeps it."""
+        """A version is published as snapshot and plan; and only together with what keeps it."""
         names = [type(action.message).__name__ for action in actions if isinstance(action, Publish)]
-        assert names in (
-            [],
-            ["Plan"],
-            ["Run", "Snapshot", "Plan"],
-            ["Snapshot", "Plan"],
-            ["Snapshot", "Change", "Plan"],
-        )
+        assert names in ([], ["Plan"], ["Run", "Snapshot", "Plan"], ["Snapshot", "Plan"])
         is_new = "Snapshot" in names and "Run" not in names
         assert is_new == any(isinstance(action, KeepVersion) for action in actions)
         if names == ["Plan"]:
             assert any(isinstance(action, KeepProgress) for action in actions)
 
     def hear(self, message):
-        """What a device makes of a publication."""
+        """What a device makes of a publication: a change and a snapshot lead to the same bits."""
         encode(message)
-        if isinstance(message, Change):
-            changed = bytearray(self.before)
-            for n, (seed,) in enumerate(struct.iter_unpack("<H", message.seeds)):
-                changed[4 * seed : 4 * seed + 4] = message.coefficients[4 * n : 4 * n + 4]
-            assert (bytes(changed), message.version) == (self.follower, self.heard)
-        elif isinstance(message, Snapshot):
+        if isinstance(message, Snapshot):
             self.before, self.follower, self.heard = self.follower, message.coefficients, message.version
+        if not isinstance(message, Plan):
+            return
+        last, self.plan = self.plan, message
+        assert message.round == self.heard
+        if last is None or message.round != last.round + 1 or message.change is None:
+            return
+        known = None
+        if last.common_seeds:
+            known = sorted(set(draw(last.nonce, None, last.local_steps, 256, last.levels)[1]))
+        change = second_changes.read(msgspec.structs.asdict(message.change), self.spec.facts.change_format, 256, known)
+        moved = second_changes.added(struct.unpack("<256f", self.before), *change)
+        assert struct.pack("<256f", *moved) == self.follower
 
     # --- what happens
 
@@ -136,15 +150,20 @@ class Rounds(RuleBasedStateMachine):
             update["held_out_accuracy"],
             update["digest"],
             update["scalars"],
+            None if update["change"] is None else Change(**update["change"]),
         )
         return UpdateArrived(update["device"], message, update["payload"], self.now_ms)
 
     def made(self, fields, offset=0, extra=b""):
-        letter = {"f32": "f", "f16": "e"}[self.spec.facts.scalar_format]
-        steps = self.spec.config.local_steps if fields.get("is_good") else 9
-        values = [x if letter == "f" else max(-65504.0, min(65504.0, x)) for x in fields["numbers"][:steps]]
-        update = {**fields, "round": max(0, self.model.round + offset)}
-        update["scalars"] = struct.pack(f"<{len(values)}{letter}", *values) + extra
+        form, config = self.spec.facts.scalar_format, self.spec.config
+        steps = config.local_steps if fields.get("is_good") else 9
+        update = {**fields, "round": max(0, self.model.round + offset), "change": None}
+        update["scalars"] = b"".join(second_changes.write(x, form) for x in fields["numbers"][:steps]) + extra
+        if fields["moves"] and not extra and (config.first_order == "accept" or not fields.get("is_good")):
+            seeds, exponent, values = fields["moves"]
+            named = None if seeds is None else struct.pack(f"<{len(seeds)}H", *seeds)
+            data = b"".join(second_changes.write(x, form) for x in values)
+            update |= {"scalars": b"", "change": {"seeds": named, "exponent": exponent, "values": data}}
         try:
             update["payload"] = encode(self.arrival({**update, "payload": b""}).update)
         except UserError:

@@ -42,6 +42,7 @@ from edge_client.events import (
     Unsubscribe,
 )
 from edge_client.state import Fetching, Held, Identity, Limits, Sending, Settled, State, Training, Waiting
+from shared.changes import write_change
 from shared.errors import PeerError
 from shared.manifest import Manifest, Tensor
 from shared.messages import (
@@ -59,9 +60,10 @@ from shared.messages import (
     Update,
 )
 from shared.refusals import Refusal
+from shared.seeds import draw
 from shared.topics import Topic
 from shared.transport import TAKEN_OVER, Connected, Disconnected
-from shared.wire import coefficients_to_bytes, kind_of, seeds_to_bytes
+from shared.wire import coefficients_to_bytes, kind_of
 
 SEEDS = 256
 MANIFEST = Manifest((Tensor("head.weight", (4, 8)), Tensor("norm.weight", (8,))))
@@ -76,6 +78,8 @@ RUN = Run(
     manifest_digest=MANIFEST.digest(),
     base_digest=b"\x11" * 32,
     scalar_format="f32",
+    change_format="f32",
+    first_order=False,
 )
 PLAN = Plan(
     round=3,
@@ -92,11 +96,12 @@ PLAN = Plan(
     published_at_ms=1_000_000,
     deadline_s=100.0,
     reason="",
+    change=None,
 )
 NEXT = msgspec.structs.replace(PLAN, round=4, nonce=b"nonce-of-round-4", published_at_ms=1_100_000)
 IDENTITY = Identity("demo", "ann", session=5, agent="kseed 0", broker="localhost:1883")
 DIGEST = b"d" * 16
-UPDATE = Update(3, 10, 2.0, None, None, DIGEST, np.array([1, 2], "<f4").tobytes())
+UPDATE = Update(3, 10, 2.0, None, None, DIGEST, np.array([1, 2], "<f4").tobytes(), None)
 READY = ModelReady(MANIFEST, RUN.base_digest)
 
 
@@ -129,18 +134,18 @@ class Driven:
         self.hear(RUN)
         return self
 
-    def training(self) -> Driven:
+    def training(self, plan: Plan = PLAN) -> Driven:
         """In the local steps of round 3."""
-        self.joined().hear(PLAN)
+        self.joined().hear(plan)
         self.on(READY)
         self.hear(snapshot(3))
         self.on(Rebuilt(3, DIGEST))
         assert isinstance(self.state.work, Training)
         return self
 
-    def sending(self) -> Driven:
+    def sending(self, plan: Plan = PLAN) -> Driven:
         """The update of round 3 is out."""
-        self.training().on(Trained(UPDATE), Taken("update"))
+        self.training(plan).on(Trained(UPDATE), Taken("update"))
         assert isinstance(self.state.work, Sending)
         return self
 
@@ -175,7 +180,6 @@ def test_first_connection_announces_and_subscribes_to_everything_but_the_snapsho
         Subscribe(PRESENCE_TOPIC),
         Publish(PRESENCE_TOPIC, Presence(True, 5, 1, 1, "kseed 0", ""), retain=True),
         Subscribe(Topic("demo", "run")),
-        Subscribe(Topic("demo", "change")),
         Subscribe(PLAN_TOPIC),
         Subscribe(Topic("demo", "receipt", "ann")),
     ]
@@ -344,27 +348,68 @@ def test_device_without_the_version_takes_the_snapshot_and_unsubscribes():
     assert driven.on(Rebuilt(3, DIGEST)) == [Train(PLAN, DIGEST)]
 
 
-def test_change_then_plan_is_applied_without_a_snapshot():
+def changed(change, **fields):
+    """The next plan, with the change that leads to it."""
+    return msgspec.structs.replace(NEXT, change=change, **fields)
+
+
+def some(seeds, values):
+    return write_change(None if seeds is None else np.array(seeds), np.array(values), "f32")
+
+
+def test_a_plans_change_is_applied_without_a_snapshot():
     driven = Driven().sending()
-    change = Change(4, seeds_to_bytes([1, 7]), coefficients_to_bytes([0.25, -1.5]))
-    assert driven.hear(change) == []
     wanted = np.zeros(SEEDS, np.float32)
     wanted[1], wanted[7] = 0.25, -1.5
-    assert driven.hear(NEXT) == [Forget(), CloseRound(3, None), Rebuild(4, coefficients_to_bytes(wanted))]
+    actions = driven.hear(changed(some([1, 7], [0.25, -1.5])))
+    assert actions == [Forget(), CloseRound(3, None), Rebuild(4, coefficients_to_bytes(wanted))]
 
 
-def test_change_after_its_plan_is_as_good_as_the_snapshot():
+def test_a_change_is_added_to_what_is_held_in_float32():
     driven = Driven().sending()
-    assert driven.hear(NEXT) == [Forget(), CloseRound(3, None), Subscribe(SNAPSHOT_TOPIC)]
-    actions = driven.hear(Change(4, seeds_to_bytes([0]), coefficients_to_bytes([1.0])))
-    assert [type(action) for action in actions] == [Unsubscribe, Rebuild]
+    driven.hear(changed(some([1], [1.0])))
+    fifth = changed(some([1], [2.0**-24 + 2.0**-40]), round=5, nonce=bytes(16), published_at_ms=1_200_000)
+    driven.hear(fifth)
+    assert np.frombuffer(driven.state.held.coefficients, "<f4")[1] == np.float32(1 + 2.0**-23)
 
 
-def test_change_after_a_gap_changes_nothing():
+def test_a_change_of_the_seeds_that_all_drew_names_none():
+    driven = Driven().sending(msgspec.structs.replace(PLAN, common_seeds=True))
+    drawn = np.unique(draw(PLAN.nonce, None, PLAN.local_steps, SEEDS, None))
+    driven.hear(changed(some(None, [0.5] * len(drawn))))
+    assert np.flatnonzero(np.frombuffer(driven.state.held.coefficients, "<f4")).tolist() == drawn.tolist()
+
+
+def test_a_change_of_all_coefficients_needs_no_plan_before_it():
     driven = Driven().sending()
-    before = driven.state
-    assert driven.hear(Change(5, seeds_to_bytes([0]), coefficients_to_bytes([1.0]))) == []
-    assert driven.state == before
+    driven.hear(changed(some(None, [0.5] * SEEDS)))
+    assert driven.state.held == Held(4, np.full(SEEDS, 0.5, "<f4").tobytes())
+
+
+def test_a_plan_after_a_gap_asks_for_the_snapshot_whatever_its_change():
+    driven = Driven().sending()
+    actions = driven.hear(changed(some([0], [1.0]), round=5))
+    assert actions[-1] == Subscribe(SNAPSHOT_TOPIC)
+    assert driven.state.held.version == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        some([256], [1.0]),
+        Change(b"\x01\x00\x01\x00", 0, bytes(8)),
+        Change(b"\x01\x00", 0, np.array([np.nan], "<f4").tobytes()),
+        Change(b"\x01\x00", 0, bytes(3)),
+        some(None, [1.0, 1.0]),
+    ],
+    ids=["outside the pool", "not increasing", "NaN", "half a value", "seeds that nobody knows"],
+)
+def test_a_change_that_does_not_fit_is_said_and_the_snapshot_asked_for(change):
+    driven = Driven().sending()
+    actions = driven.hear(changed(change))
+    assert "ignored a change message" in texts(actions)
+    assert actions[-1] == Subscribe(SNAPSHOT_TOPIC)
+    assert driven.state.held.version == 3
 
 
 def test_snapshot_older_than_the_plan_is_kept_and_waited_on():
@@ -618,8 +663,7 @@ def test_diverged_device_takes_a_fresh_snapshot_for_the_next_round():
 
 def test_diverged_device_that_has_begun_the_next_round_begins_it_again_from_a_snapshot():
     driven = Driven().sending()
-    driven.hear(Change(4, seeds_to_bytes([0]), coefficients_to_bytes([1.0])))
-    driven.hear(NEXT)
+    driven.hear(changed(some([0], [1.0])))
     driven.on(Rebuilt(4, DIGEST))
     actions = driven.hear(Receipt(3, Refusal.DIVERGED, ""))
     assert [type(action) for action in actions] == [Say, Abandon, Subscribe]
@@ -646,9 +690,6 @@ def test_device_that_agreed_after_a_rebuild_may_diverge_once_more():
 # Hostile input.
 
 HOSTILE = {
-    "seed outside the pool": Change(4, seeds_to_bytes([256]), coefficients_to_bytes([1.0])),
-    "seeds not increasing": Change(4, b"\x01\x00\x01\x00", coefficients_to_bytes([1.0, 2.0])),
-    "NaN in a change": Change(4, seeds_to_bytes([1]), np.array([np.nan], "<f4").tobytes()),
     "levels of another K": msgspec.structs.replace(NEXT, levels=bytes(512)),
     "an update": UPDATE,
 }

@@ -257,7 +257,7 @@ def test_a_double_differs_in_its_flag_alone() -> None:
 
 
 def an_update(number: int) -> Update:
-    return Update(number, 10, 1.0, None, None, b"\0" * 16, b"\0\0\0\0")
+    return Update(number, 10, 1.0, None, None, b"\0" * 16, b"\0\0\0\0", None)
 
 
 def test_the_witness_keeps_updates_and_receipts_and_names_what_does_not_decode() -> None:

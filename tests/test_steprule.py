@@ -159,3 +159,26 @@ def test_one_bad_scalar_in_a_round_is_refused_by_its_step(rule):
 def test_one_step_in_a_round_that_float32_cannot_hold_is_refused():
     with pytest.raises(PeerError, match="step 0: a step changes a coefficient"):
         steprule.deltas_of_many(PlainStep(1e6), *padded([[1.0], [3e38]]))
+
+
+# What a first-order device may move.
+
+
+def test_a_change_may_be_as_long_as_the_steps_of_a_round_and_no_longer():
+    rule = NormalisedStep(0.5, 2.0, 0.9, 0.0, 0)
+    assert steprule.longest_change(rule, 3) == 3.0
+    steprule.check_length(np.array([0.0, 3.0], np.float32), rule, 3)
+    steprule.check_length(np.array([1.75, -2.375], np.float32), rule, 3)
+    with pytest.raises(PeerError, match=r"its norm is 3\.00167; allowed: 3") as error:
+        steprule.check_length(np.array([3.0, 0.1], np.float32), rule, 3)
+    assert error.value.refusal is Refusal.LARGE_CHANGE
+
+
+def test_scalars_never_move_further_than_the_longest_change():
+    rule = NormalisedStep(0.5, 2.0, 0.9, 1e-6, 3)
+    moved = steprule.deltas(rule, np.array([1e6, 1.0, 1e6, 3.0], np.float32))
+    assert np.abs(moved).sum() <= steprule.longest_change(rule, 4)
+
+
+def test_the_plain_rule_bounds_nothing():
+    assert steprule.longest_change(PlainStep(0.5), 3) == math.inf

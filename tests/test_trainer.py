@@ -29,9 +29,8 @@ WORK = msgspec.structs.replace(PLAN, local_steps=5, batch_size=2)
 def run_of(scalar_format: str = "f32") -> Run:
     base = base_of("llama", "fp32")
     digest = base.manifest.digest()
-    return Run(
-        "demo", "llama", "fp32", "hadamard", SEEDS, 9, base.manifest.pack(), digest, base.base_digest, scalar_format
-    )  # type: ignore[arg-type]
+    formats = (scalar_format, "f32", False)
+    return Run("demo", "llama", "fp32", "hadamard", SEEDS, 9, base.manifest.pack(), digest, base.base_digest, *formats)
 
 
 def trainer_of(folder: Path, device: str = "ann", *, poison: bool = False, scalar_format: str = "f32") -> ModelTrainer:

@@ -77,7 +77,7 @@ def test_wire_vectors_cover_every_kind_and_every_code_that_reading_can_give():
         "CONFLICT",
         "RUN_CLOSED",
     }
-    given_by_rounds |= {"ACCEPTED", "DUPLICATE", "DIVERGED", "BUSY", "STORAGE"}
+    given_by_rounds |= {"ACCEPTED", "DUPLICATE", "DIVERGED", "BUSY", "STORAGE", "FIRST_ORDER", "LARGE_CHANGE"}
     found = {vector["expect"].get("refusal") for vector in WIRE.values()} - {None}
     assert found == {code.name for code in Refusal} - given_by_rounds
 

@@ -63,6 +63,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"step": "normalised", "step_rms": 0.125, "late": "fold"},
     {"step": "normalised", "algorithm": "fedkseed-pro", "late": "fold", "max_staleness": 3},
     {"late": "fold", "weighting": "equal", "server_lr": 2.0, "common_seeds": True},
+    {"change_format": "f16", "common_seeds": True},
+    {"change_format": "f8", "late": "fold"},
 ]
 
 

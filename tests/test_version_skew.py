@@ -26,7 +26,7 @@ SAME_IN_ALL = ("receipt", "presence")
 class Stamped:
     """A transport whose side writes and reads `version`, though its code says PROTOCOL_VERSION."""
 
-    def __init__(self, transport, version, kinds=("run", "plan", "snapshot", "change", "update")):
+    def __init__(self, transport, version, kinds=("run", "plan", "snapshot", "update")):
         self._transport, self._shift, self._kinds = transport, version - PROTOCOL_VERSION, kinds
         self.published: list[tuple[str, bytes]] = []
 

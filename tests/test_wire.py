@@ -33,7 +33,6 @@ from shared.wire import (
     decode,
     encode,
     kind_of,
-    seeds_to_bytes,
     update_limit_bytes,
 )
 
@@ -42,7 +41,8 @@ VECTORS = {
     for path in sorted((Path(__file__).parents[1] / "shared" / "vectors" / "wire").glob("*.json"))
 }
 ACCEPTED = [name for name, vector in VECTORS.items() if "message" in vector["expect"]]
-UPDATE = Update(7, 812, 2.5, None, None, bytes(16), b"\x00\x3e")
+TAIL = b"\xc4\x02\x00\x3e"  # of an update
+UPDATE = Update(7, 812, 2.5, None, None, bytes(16), b"\x00\x3e", None)
 PLAN = Plan(
     round=7,
     phase="open",
@@ -58,8 +58,9 @@ PLAN = Plan(
     published_at_ms=0,
     deadline_s=60.0,
     reason="",
+    change=None,
 )
-RUN = Run("r", "m", "bf16", "hadamard", 256, 1, b"x", bytes(32), bytes(32), "f16")
+RUN = Run("r", "m", "bf16", "hadamard", 256, 1, b"x", bytes(32), bytes(32), "f16", "f8", True)
 
 
 def assert_both_ways(message, payload):
@@ -79,16 +80,23 @@ def refusal_of(kind, payload, **options):
 @pytest.mark.parametrize(
     ("message", "payload"),
     [
-        (Receipt(7, 0, ""), b"\x01\x06\x93\x07\x00\xa0"),
-        (Receipt(300, 21, "old"), b"\x01\x06\x93\xcd\x01\x2c\x15\xa3old"),
-        (Change(1, b"\x05\x00", b"\x00\x00\x80\x3f"), b"\x01\x04\x93\x01\xc4\x02\x05\x00\xc4\x04\x00\x00\x80\x3f"),
+        (Receipt(7, 0, ""), b"\x01\x05\x93\x07\x00\xa0"),
+        (Receipt(300, 21, "old"), b"\x01\x05\x93\xcd\x01\x2c\x15\xa3old"),
         (
             Presence(True, 2**64 - 1, 1, 2, "k", ""),
-            b"\x01\x07\x96\xc3\xcf\xff\xff\xff\xff\xff\xff\xff\xff\x01\x02\xa1k\xa0",
+            b"\x01\x06\x96\xc3\xcf\xff\xff\xff\xff\xff\xff\xff\xff\x01\x02\xa1k\xa0",
         ),
         (
-            Update(7, 812, 2.5, None, None, bytes(16), b"\x00\x3e"),
-            b"\x01\x05\x97\x07\xcd\x03\x2c\xcb\x40\x04\0\0\0\0\0\0\xc0\xc0\xc4\x10" + bytes(16) + b"\xc4\x02\x00\x3e",
+            UPDATE,
+            b"\x01\x04\x98\x07\xcd\x03\x2c\xcb\x40\x04\0\0\0\0\0\0\xc0\xc0\xc4\x10"
+            + bytes(16)
+            + b"\xc4\x02\x00\x3e\xc0",
+        ),
+        (
+            msgspec.structs.replace(UPDATE, scalars=b"", change=Change(b"\x05\x00", -24, b"\x00\x3e")),
+            b"\x01\x04\x98\x07\xcd\x03\x2c\xcb\x40\x04\0\0\0\0\0\0\xc0\xc0\xc4\x10"
+            + bytes(16)
+            + b"\xc4\x00\x93\xc4\x02\x05\x00\xe8\xc4\x02\x00\x3e",
         ),
     ],
 )
@@ -151,16 +159,16 @@ def test_unknown_version_is_refused_naming_both_versions():
 
 
 def test_wrong_kind_names_what_came_and_what_is_allowed():
-    with pytest.raises(PeerError, match=r"kind number 6 on a plan topic; allowed: 2"):
+    with pytest.raises(PeerError, match=r"kind number 5 on a plan topic; allowed: 2"):
         decode("plan", encode(Receipt(1, 0, "")))
 
 
 def test_nothing_is_allocated_by_a_number_off_the_wire():
     lies = [
-        b"\x01\x05\xdd\xff\xff\xff\xff",
+        b"\x01\x04\xdd\xff\xff\xff\xff",
         b"\x01\x03\x92\x01\xc6\xff\xff\xff\xff",
-        b"\x01\x06\x93\x01\x00\xdb\xff\xff\xff\xff",
-        encode(PLAN)[:-30].replace(b"\x91\xa8everyone", b"\x92\xa6listed\xdd\xff\xff\xff\xff"),
+        b"\x01\x05\x93\x01\x00\xdb\xff\xff\xff\xff",
+        encode(PLAN)[:-31].replace(b"\x91\xa8everyone", b"\x92\xa6listed\xdd\xff\xff\xff\xff"),
     ]
     tracemalloc.start()
     for kind, payload in zip(("update", "snapshot", "receipt", "plan"), lies, strict=True):
@@ -175,7 +183,7 @@ def test_a_pickle_is_never_loaded():
         def __reduce__(self):
             return (pytest.fail, ("it was loaded",))
 
-    for payload in (pickle.dumps(Bomb()), b"\x01\x05" + pickle.dumps(Bomb())):
+    for payload in (pickle.dumps(Bomb()), b"\x01\x04" + pickle.dumps(Bomb())):
         assert refusal_of("update", payload) in (Refusal.UNSUPPORTED_VERSION, Refusal.MALFORMED)
 
 
@@ -235,13 +243,13 @@ def longest_of_each_kind():
     step = NormalisedStep(1e-3, 3.0, 0.9, 1e300, top)
     plan = msgspec.structs.replace(PLAN, round=top - 1, step=step, participation=Listed(devices), levels=bytes(65536))
     reason = eleven * ranges.MAX_REASON
-    run = Run("r" * 64, eleven * 256, "bf16", "rademacher", 65536, 2**64 - 1, bytes(2**20), bytes(32), bytes(32), "f16")
+    keys = (65536, 2**64 - 1, bytes(2**20), bytes(32), bytes(32))
+    dense = Change(None, -160, bytes(4 * 65536))
     return [
-        run,
-        msgspec.structs.replace(plan, published_at_ms=2**53 - 1, reason=reason),
+        Run("r" * 64, eleven * 256, "bf16", "rademacher", *keys, "f16", "f16", False),
+        msgspec.structs.replace(plan, published_at_ms=2**53 - 1, reason=reason, change=dense),
         Snapshot(top, bytes(4 * 65536)),
-        Change(top, seeds_to_bytes(np.arange(65536)), bytes(4 * 65536)),
-        Update(top - 1, top, 1.0, 1.0, 1.0, bytes(16), bytes(4 * 16384)),
+        Update(top - 1, top, 1.0, 1.0, 1.0, bytes(16), b"", dense),
         Receipt(top, 41, eleven * ranges.MAX_DETAIL),
         Presence(True, 2**64 - 1, 255, 255, eleven * ranges.MAX_NAME, eleven * ranges.MAX_NOTE),
     ]
@@ -254,15 +262,25 @@ def test_the_longest_message_of_a_kind_fits_its_limit(message):
     assert_both_ways(message, payload)
 
 
-@pytest.mark.parametrize("form", ["f16", "f32"])
+@pytest.mark.parametrize(("form", "size"), [("f8", 1), ("f16", 2), ("f32", 4)])
 @pytest.mark.parametrize("steps", [1, 200, 16384])
-def test_an_updates_limit_is_kept_by_the_longest_and_broken_by_three_more_scalars(form, steps):
-    size = {"f16": 2, "f32": 4}[form]
-    longest = Update(2**32 - 2, 2**32 - 1, 1.5, 1.5, 0.5, bytes(16), bytes(size * steps))
+def test_an_updates_limit_is_kept_by_the_longest_and_broken_by_a_few_more_scalars(form, size, steps):
+    run = msgspec.structs.replace(RUN, scalar_format=form, first_order=False)
+    longest = Update(2**32 - 2, 2**32 - 1, 1.5, 1.5, 0.5, bytes(16), bytes(size * steps), None)
     payload = encode(longest)
-    limit = update_limit_bytes(steps, form)
+    limit = update_limit_bytes(steps, run)
     assert limit - 4 <= len(payload) <= limit
     assert decode("update", payload, limit_bytes=limit) == longest
     if steps < 16384:
-        more = msgspec.structs.replace(longest, scalars=bytes(size * (steps + 3)))
+        more = msgspec.structs.replace(longest, scalars=bytes(size * steps + 5))
         assert refusal_of("update", encode(more), limit_bytes=limit) is Refusal.OVERSIZED
+
+
+@pytest.mark.parametrize(("form", "size"), [("f8", 1), ("f16", 2), ("f32", 4)])
+@pytest.mark.parametrize("pool", [256, 4096, 65536])
+def test_the_limit_of_a_run_with_first_order_devices_holds_a_dense_change(form, size, pool):
+    run = msgspec.structs.replace(RUN, scalar_format=form, seeds=pool, first_order=True)
+    dense = Update(2**32 - 2, 2**32 - 1, 1.5, 1.5, 0.5, bytes(16), b"", Change(None, -160, bytes(size * pool)))
+    limit = update_limit_bytes(1, run)
+    assert limit - 12 <= len(encode(dense)) <= limit
+    assert update_limit_bytes(16384, run) >= limit

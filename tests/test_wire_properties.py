@@ -62,6 +62,9 @@ selections = (
     | st.builds(Threshold, st.integers(0, 2**32))
     | st.builds(Listed, st.lists(ids, max_size=3).map(tuple))
 )
+formats = st.sampled_from(["f32", "f16", "f8"])
+exponents = st.integers(-160, 127)
+changes = st.integers(0, 50).flatmap(lambda n: st.builds(Change, binary(2 * n) | st.none(), exponents, binary(2 * n)))
 messages = st.one_of(
     st.builds(
         Run,
@@ -74,7 +77,9 @@ messages = st.one_of(
         st.binary(min_size=1, max_size=40),
         binary(32),
         binary(32),
-        st.sampled_from(["f32", "f16"]),
+        formats,
+        formats,
+        st.booleans(),
     ),
     st.builds(
         Plan,
@@ -92,18 +97,21 @@ messages = st.one_of(
         st.integers(0, 2**53 - 1),
         st.floats(1e-3, 31_536_000.0),
         texts(512),
+        st.none() | changes,
     ),
     st.builds(Snapshot, u32, pools.map(lambda pool: bytes(4 * pool))),
-    st.integers(0, 50).flatmap(lambda n: st.builds(Change, st.integers(1, 2**32 - 1), binary(2 * n), binary(4 * n))),
-    st.builds(
-        Update,
-        st.integers(0, 2**32 - 2),
-        st.integers(1, 2**32 - 1),
-        finite,
-        st.none() | finite,
-        st.none() | st.floats(0, 1),
-        binary(16),
-        st.integers(1, 60).flatmap(lambda n: binary(2 * n)),
+    *(
+        st.builds(
+            Update,
+            st.integers(0, 2**32 - 2),
+            st.integers(1, 2**32 - 1),
+            finite,
+            st.none() | finite,
+            st.none() | st.floats(0, 1),
+            binary(16),
+            *work,
+        )
+        for work in ((st.binary(min_size=1, max_size=120), st.none()), (st.just(b""), changes))
     ),
     st.builds(Receipt, u32, st.sampled_from(Refusal).map(int), texts(512)),
     st.integers(1, 255).flatmap(

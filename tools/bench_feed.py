@@ -104,7 +104,7 @@ def updates_of(count: int) -> list[tuple[str, bytes]]:
     made = []
     for number in range(count):
         scalars = rng.normal(size=STEPS).astype(np.float32)
-        update = Update(0, 1 + number % 1000, 2.0, 3.0, None, bytes(16), scalars_to_bytes(scalars, "f32"))
+        update = Update(0, 1 + number % 1000, 2.0, 3.0, None, bytes(16), scalars_to_bytes(scalars, "f32"), None)
         made.append((f"device-{number:06d}", encode(update)))
     return made
 

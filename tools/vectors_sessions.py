@@ -9,7 +9,10 @@ import math
 import struct
 
 import msgspec
+import numpy as np
 
+from shared.changes import write_change
+from shared.messages import Change
 from shared.wire import PROTOCOL_VERSION, encode
 from tools.vectors_sessions_form import Json
 from tools.vectors_sessions_record import Recorder, model_digest
@@ -19,7 +22,7 @@ OTHER_MODEL = b"another model..."
 
 def session_vectors() -> dict[str, object]:
     """File name under shared/vectors/sessions/ -> its content."""
-    scenarios = (_three_rounds, _late, _refusals, _diverged, _other_version, _stopped)
+    scenarios = (_three_rounds, _late, _refusals, _diverged, _other_version, _stopped, _short_changes, _first_order)
     made = [scenario() for scenario in scenarios]
     return {f"{vector['name']}.json": vector for vector in made}
 
@@ -64,6 +67,7 @@ def _refusals() -> Json:
     recorder.uplink("ann", payload, run="another")
     recorder.uplink("ann", other(round=1))
     recorder.uplink("eve", payload)
+    recorder.uplink("ann", other(scalars=b"", change=_moved(1e-3)))
     recorder.uplink("ann", other(scalars=bytes(8)))
     recorder.uplink("ann", other(scalars=struct.pack("<2e", 1.0, math.nan)))
     recorder.uplink("ann", other(samples=101))
@@ -78,6 +82,44 @@ def _refusals() -> Json:
     recorder.uplink("ann", payload)  # its receipt was lost
     recorder.uplink("cas", encode(cas))
     return recorder.vector()
+
+
+def _short_changes() -> Json:
+    about = "all devices draw the same seeds, which then do not travel; changes are f16, what they leave is carried"
+    recorder = Recorder("short-changes", about, common_seeds=True, change_format="f16", local_steps=5, rounds=4)
+    recorder.aggregate("begin")
+    recorder.connect("ann", "bob")
+    return recorder.vector()
+
+
+def _first_order() -> Json:
+    about = "ann and cas, no agents of ours, send changes in place of scalars: what does not fit is refused"
+    recorder = Recorder("first-order", about, first_order="accept", change_format="f8", rounds=2)
+    recorder.aggregate("begin")
+    good = msgspec.structs.replace(recorder.good_update("ann"), scalars=b"", change=_moved(1e-3))
+    assert good.change is not None
+    outside = msgspec.structs.replace(good.change, seeds=b"\0\0\7\0\0\1")
+    for change in (
+        outside,
+        msgspec.structs.replace(good.change, values=good.change.values[:4]),
+        msgspec.structs.replace(good.change, seeds=None),
+        msgspec.structs.replace(good.change, seeds=good.change.seeds and good.change.seeds[::-1]),
+        msgspec.structs.replace(good.change, exponent=127),
+        _moved(1.0),
+    ):
+        recorder.uplink("ann", encode(msgspec.structs.replace(good, change=change)))
+    recorder.uplink("ann", encode(good))
+    recorder.uplink("ann", encode(msgspec.structs.replace(good, change=_moved(2e-3))))
+    recorder.uplink("bob", encode(recorder.good_update("bob")))
+    dense = write_change(None, np.arange(-128, 128) / 2**20, "f16")
+    recorder.uplink("cas", encode(msgspec.structs.replace(recorder.good_update("cas"), scalars=b"", change=dense)))
+    recorder.connect("dan")
+    return recorder.vector()
+
+
+def _moved(size: float) -> Change:
+    """A first-order device's change of three coefficients."""
+    return write_change(np.array([0, 7, 255]), np.array([size, -size / 2, size / 3]), "f16")
 
 
 def _diverged() -> Json:

@@ -33,7 +33,7 @@ from edge_client.events import (
 from edge_client.state import Identity
 from shared.errors import PeerError
 from shared.manifest import Manifest, Tensor
-from shared.messages import Change, Receipt, Update
+from shared.messages import Receipt, Update
 from shared.refusals import Refusal
 from shared.topics import Topic, parse_topic
 from shared.transport import Connected
@@ -70,8 +70,7 @@ class AggregatorSide:
                 sent.append((str(Topic(run, "receipt", action.device)), encode(quiet), False))
             elif isinstance(action, happenings.Publish):
                 message = action.message
-                is_retained = not isinstance(message, Change)
-                sent.append((str(Topic(run, kind_of(message))), encode(message), is_retained))
+                sent.append((str(Topic(run, kind_of(message))), encode(message), True))
         return sent
 
     def _event(self, told: Json, payload: bytes) -> happenings.Event:

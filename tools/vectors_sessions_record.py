@@ -50,6 +50,8 @@ def spec_of(settings: Json) -> Spec:
         manifest_digest=MANIFEST.digest(),
         base_digest=BASE_DIGEST,
         scalar_format=config.scalar_format,
+        change_format=config.change_format,
+        first_order=config.first_order == "accept",
     )
     return Spec(facts, config, nonce_key=bytes(range(32)))
 
@@ -218,5 +220,6 @@ def update_of(device: str, plan: Plan, model_digest: bytes, **fields: object) ->
         held_out_accuracy=0.5 if plan.evaluate else None,
         model_digest=model_digest,
         scalars=scalars_to_bytes(np.array(scalars, np.float32), "f16"),
+        change=None,
     )
     return msgspec.structs.replace(update, **fields)

@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.changes import read_change
 from shared.errors import PeerError
-from shared.messages import Change, Message, Snapshot, Update
+from shared.messages import Change, Message, NumberFormat, Plan, Snapshot, Update
+from shared.numbers import NUMBER_BYTES
 from shared.refusals import Refusal
 from shared.topics import Kind
-from shared.wire import SCALAR_BYTES, coefficients_from_bytes, decode, scalars_from_bytes, seeds_from_bytes
+from shared.wire import coefficients_from_bytes, decode, scalars_from_bytes
 from tools.vectors_wire_accepted import accepted
 from tools.vectors_wire_form import Json, Scenario
 from tools.vectors_wire_refused import refused
@@ -77,19 +79,28 @@ def _vector(scenario: Scenario) -> Json:
 
 def _numbers(message: Message, context: Json) -> Json:
     """The numbers in bytes fields (section 4, step 7), as far as the context lets them be read."""
+    if isinstance(message, Update) and message.change is not None:
+        return _change(message.change, context, "scalar_format")
+    if isinstance(message, Plan) and message.change is not None:
+        return _change(message.change, context, "change_format")
     if isinstance(message, Update) and "scalar_format" in context:
         return {"scalars": _scalars(message.scalars, context).tolist()}
     if isinstance(message, Snapshot) and "seeds" in context:
         return {"coefficients": coefficients_from_bytes(message.coefficients, context["seeds"]).tolist()}
-    if isinstance(message, Change) and "seeds" in context:
-        seeds = seeds_from_bytes(message.seeds, context["seeds"])
-        coefficients = coefficients_from_bytes(message.coefficients, len(seeds))
-        return {"seeds": seeds.tolist(), "coefficients": coefficients.tolist()}
     return {}
 
 
+def _change(change: Change, context: Json, name: str) -> Json:
+    if name not in context or "seeds" not in context:
+        return {}
+    form: NumberFormat = context[name]
+    known = np.array(context["known_seeds"], np.int64) if "known_seeds" in context else None
+    seeds, values = read_change(change, form, context["seeds"], known)
+    return {"seeds": seeds.tolist(), "values": values.tolist()}
+
+
 def _scalars(data: bytes, context: Json) -> NDArray[np.float32]:
-    size = SCALAR_BYTES[context["scalar_format"]]
+    size = NUMBER_BYTES[context["scalar_format"]]
     if len(data) % size == 0 and len(data) // size > context.get("local_steps", len(data)):
         raise PeerError(Refusal.SCALAR_COUNT, "more scalars than local steps")
     return scalars_from_bytes(data, context["scalar_format"])

@@ -55,6 +55,8 @@ RUN = Run(
     manifest_digest=MANIFEST_DIGEST,
     base_digest=BASE_DIGEST,
     scalar_format="f16",
+    change_format="f16",
+    first_order=True,
 )
 PLAN = Plan(
     round=7,
@@ -71,6 +73,7 @@ PLAN = Plan(
     published_at_ms=1_760_000_000_000,
     deadline_s=120.0,
     reason="",
+    change=None,
 )
 UPDATE = Update(
     round=7,
@@ -80,6 +83,7 @@ UPDATE = Update(
     held_out_accuracy=0.75,
     model_digest=MODEL_DIGEST,
     scalars=scalars_to_bytes([1.5, -0.25, 0.0], "f16"),
+    change=None,
 )
 PRESENCE = Presence(
     online=True, session=0xFEDC_BA98_7654_3210, protocol_min=1, protocol_max=1, agent="kseed 0.1.0", note=""

@@ -28,6 +28,7 @@ def refused() -> Iterator[Scenario]:
             kind = kind_of(message)
             yield Scenario(f"refused-{kind}-{name}", about, kind, _changed(message, fields), refusal=refusal)
     yield from _numbers()
+    yield from _changes()
 
 
 def frame(kind: Kind, fields: object) -> bytes:
@@ -59,12 +60,12 @@ def _headers() -> Iterator[Scenario]:
         ),
         ("version-2-other-kind", "the version is looked at before the kind", b"\x02\x01", R.UNSUPPORTED_VERSION),
         ("header-cut", "half a header", b"\x01", R.MALFORMED),
-        ("header-alone", "a header and nothing else", b"\x01\x05", R.MALFORMED),
+        ("header-alone", "a header and nothing else", b"\x01\x04", R.MALFORMED),
         ("kind-run", "a run's kind number", b"\x01\x01" + good[2:], R.WRONG_KIND),
         ("kind-unknown", "a kind number that does not exist", b"\x01\x63" + good[2:], R.WRONG_KIND),
         ("json", "JSON", b'{"round": 7}', R.UNSUPPORTED_VERSION),
         ("pickle", "a pickle that would call os.system", b"\x80\x04cos\nsystem\n(S'id'\ntR.", R.UNSUPPORTED_VERSION),
-        ("pickle-framed", "the same behind a good header", b"\x01\x05\x80\x04cos\nsystem\n(S'id'\ntR.", R.MALFORMED),
+        ("pickle-framed", "the same behind a good header", b"\x01\x04\x80\x04cos\nsystem\n(S'id'\ntR.", R.MALFORMED),
     )
     for name, about, payload, refusal in scenarios:
         yield Scenario(f"refused-{name}", about, "update", payload, refusal=refusal)
@@ -79,34 +80,34 @@ def _headers() -> Iterator[Scenario]:
 def _structures() -> Iterator[Scenario]:
     good = encode(UPDATE)
     fields = list(_fields(UPDATE).values())
-    start = b"\x01\x05\x97\x07\xcd\x03\x2c"
+    start = b"\x01\x04\x98\x07\xcd\x03\x2c"
     scenarios: tuple[tuple[str, str, bytes], ...] = (
         ("cut", "the last byte is missing", good[:-1]),
         ("trailing", "a byte after the array", good + b"\x00"),
         ("trailing-array", "a second array", good + b"\x90"),
-        ("field-missing", "six fields", frame("update", fields[:-1])),
-        ("field-extra", "eight fields", frame("update", [*fields, None])),
+        ("field-missing", "seven fields", frame("update", fields[:-1])),
+        ("field-extra", "nine fields", frame("update", [*fields, None])),
         ("map", "a map in place of the array", frame("update", _fields(UPDATE))),
-        ("not-an-array", "an integer in place of the array", b"\x01\x05\x07"),
-        ("array-lies", "an array header that promises 2^32 - 1 fields", b"\x01\x05\xdd\xff\xff\xff\xff" + good[3:]),
-        ("bytes-lie", "a bytes header that promises 4 GB", good[: -len(UPDATE.scalars) - 2] + b"\xc6\xff\xff\xff\xff"),
+        ("not-an-array", "an integer in place of the array", b"\x01\x04\x07"),
+        ("array-lies", "an array header that promises 2^32 - 1 fields", b"\x01\x04\xdd\xff\xff\xff\xff" + good[3:]),
+        ("bytes-lie", "a bytes header that promises 4 GB", good[: -len(UPDATE.scalars) - 3] + b"\xc6\xff\xff\xff\xff"),
         ("float-for-integer", "round 7.0", frame("update", [7.0, *fields[1:]])),
         ("bool-for-integer", "round true", frame("update", [True, *fields[1:]])),
         ("text-for-integer", 'round "7"', frame("update", ["7", *fields[1:]])),
         ("nil-for-float", "no training loss", frame("update", [*fields[:2], None, *fields[3:]])),
         ("bool-for-float", "training loss false", frame("update", [*fields[:2], False, *fields[3:]])),
-        ("text-for-bytes", "a digest as text", frame("update", [*fields[:5], "a" * 16, fields[6]])),
-        ("ext", "an ext type in place of an integer", b"\x01\x05\x97\xd4\x01\x07" + good[4:]),
-        ("reserved", "the byte 0xC1, which MessagePack never uses", b"\x01\x05\x97\xc1" + good[4:]),
+        ("text-for-bytes", "a digest as text", frame("update", [*fields[:5], "a" * 16, *fields[6:]])),
+        ("ext", "an ext type in place of an integer", b"\x01\x04\x98\xd4\x01\x06" + good[4:]),
+        ("reserved", "the byte 0xC1, which MessagePack never uses", b"\x01\x04\x98\xc1" + good[4:]),
         ("deep", "a thousand arrays inside each other", start + b"\x91" * 1000 + b"\x00"),
     )
     for name, about, payload in scenarios:
         yield Scenario(f"refused-{name}", about, "update", payload, refusal=R.MALFORMED)
-    bad_text = b"\x01\x06\x93\x07\x00\xa2\xc3\x28"
+    bad_text = b"\x01\x05\x93\x07\x00\xa2\xc3\x28"
     yield Scenario("refused-not-utf-8", "text that is no UTF-8", "receipt", bad_text, refusal=R.MALFORMED)
-    surrogate = b"\x01\x06\x93\x07\x00\xa3\xed\xa0\x80"
+    surrogate = b"\x01\x05\x93\x07\x00\xa3\xed\xa0\x80"
     yield Scenario("refused-surrogate", "text with a surrogate", "receipt", surrogate, refusal=R.MALFORMED)
-    bytes_text = b"\x01\x06\x93\x07\x00\xc4\x00"
+    bytes_text = b"\x01\x05\x93\x07\x00\xc4\x00"
     yield Scenario("refused-bytes-for-text", "bytes where text stands", "receipt", bytes_text, refusal=R.MALFORMED)
     for name, about, fields_of_receipt in (
         ("unknown-code", "a code that is not in the table", [7, 99, ""]),
@@ -166,6 +167,12 @@ _PLAN: tuple[Changes, ...] = (
     ("deadline-zero", "no time at all", {"deadline_s": 0.0}, R.MALFORMED),
     ("deadline-infinite", "all the time there is", {"deadline_s": INFINITY}, R.NON_FINITE),
     ("reason-long", "a reason of 513 characters", {"reason": "x" * 513}, R.MALFORMED),
+    ("change-half-seed", "a seed and a half", {"change": [b"\1\0\2", 0, bytes(6)]}, R.MALFORMED),
+    ("change-exponent", "an exponent of 128", {"change": [b"", 128, b""]}, R.MALFORMED),
+    ("change-exponent-low", "an exponent of -161", {"change": [b"", -161, b""]}, R.MALFORMED),
+    ("change-long", "more values than any pool", {"change": [None, 0, bytes(4 * 65536 + 1)]}, R.MALFORMED),
+    ("change-fields", "a change of two fields", {"change": [None, 0]}, R.MALFORMED),
+    ("change-map", "a change as a map", {"change": {"seeds": None, "exponent": 0, "values": b""}}, R.MALFORMED),
 )
 _UPDATE: tuple[Changes, ...] = (
     ("round-negative", "a negative round", {"round": -1}, R.MALFORMED),
@@ -178,7 +185,8 @@ _UPDATE: tuple[Changes, ...] = (
     ("accuracy-nan", "accuracy NaN", {"held_out_accuracy": NAN}, R.NON_FINITE),
     ("digest", "a digest of 32 bytes", {"model_digest": MODEL_DIGEST * 2}, R.MALFORMED),
     ("no-scalars", "no scalar", {"scalars": b""}, R.SCALAR_COUNT),
-    ("odd-scalars", "three bytes of scalars", {"scalars": bytes(3)}, R.MALFORMED),
+    ("long-scalars", "more scalars than any round has steps", {"scalars": bytes(65537)}, R.MALFORMED),
+    ("both", "scalars and a change", {"change": [b"", 0, b""]}, R.MALFORMED),
 )
 _PRESENCE: tuple[Changes, ...] = (
     ("integer-for-bool", "online 1", {"online": 1}, R.MALFORMED),
@@ -206,21 +214,14 @@ def _numbers() -> Iterator[Scenario]:
     """What bytes fields hold, with the run's K, format and local steps known."""
     pool: dict[str, Any] = {"seeds": 256}
     full = _f32(*([0.5] * 255))
-    two = _f32(1.0, 2.0)
     half: dict[str, Any] = {"scalar_format": "f16", "local_steps": 2}
     single: dict[str, Any] = {"scalar_format": "f32", "local_steps": 2}
+    eighth: dict[str, Any] = {"scalar_format": "f8", "local_steps": 2}
     scenarios: tuple[tuple[str, str, Kind, list[Any], dict[str, Any], Refusal], ...] = (
         ("snapshot-count", "512 coefficients where K is 256", "snapshot", [1, bytes(2048)], pool, R.COEFFICIENT_COUNT),
         ("snapshot-odd", "a byte too many", "snapshot", [1, bytes(1025)], pool, R.MALFORMED),
         ("snapshot-nan", "a coefficient is NaN", "snapshot", [1, full + _f32(NAN)], pool, R.NON_FINITE),
         ("snapshot-infinite", "one is infinite", "snapshot", [1, full + _f32(-INFINITY)], pool, R.NON_FINITE),
-        ("change-version-0", "nothing comes before version 0", "change", [0, b"", b""], pool, R.MALFORMED),
-        ("change-outside", "seed 256 of 256", "change", [8, _u16(3, 256), two], pool, R.SEED_OUTSIDE_POOL),
-        ("change-order", "seeds in descending order", "change", [8, _u16(9, 3), two], pool, R.MALFORMED),
-        ("change-twice", "a seed twice", "change", [8, _u16(9, 9), two], pool, R.MALFORMED),
-        ("change-half-seed", "a seed and a half", "change", [8, b"\1\0\2", bytes(6)], {}, R.MALFORMED),
-        ("change-lengths", "two seeds, one coefficient", "change", [8, _u16(1, 2), _f32(1.0)], pool, R.MALFORMED),
-        ("change-nan", "a coefficient is NaN", "change", [8, _u16(1, 2), _f32(1.0, NAN)], pool, R.NON_FINITE),
     )
     for name, about, kind, fields, context, refusal in scenarios:
         yield Scenario(f"refused-{name}", about, kind, frame(kind, fields), refusal=refusal, context=context)
@@ -229,8 +230,38 @@ def _numbers() -> Iterator[Scenario]:
         ("f16-infinite", "a scalar is infinite", _f16(INFINITY, 1.0), half, R.NON_FINITE),
         ("f32-nan", "an f32 scalar is NaN", _f32(1.0, NAN), single, R.NON_FINITE),
         ("f32-half", "one and a half f32 scalars", bytes(6), single, R.MALFORMED),
+        ("f16-half", "one and a half f16 scalars", bytes(3), half, R.MALFORMED),
+        ("f8-infinite", "an f8 scalar is infinite", b"\x3c\x7c", eighth, R.NON_FINITE),
+        ("f8-nan", "an f8 scalar is NaN", b"\x3c\xff", eighth, R.NON_FINITE),
         ("too-many", "three scalars for two steps", _f16(1.0, 2.0, 3.0), half, R.SCALAR_COUNT),
         ("too-many-nan", "their number is looked at first", _f16(1.0, 2.0, NAN), half, R.SCALAR_COUNT),
     ):
         payload = _changed(UPDATE, {"scalars": scalars})
         yield Scenario(f"refused-update-{name}", about, "update", payload, refusal=refusal, context=context)
+
+
+def _changes() -> Iterator[Scenario]:
+    """What a change holds, with the run's K and format known, in a plan and in an update."""
+    two = _f32(1.0, 2.0)
+    scenarios: tuple[tuple[str, str, list[Any], str, Refusal], ...] = (
+        ("outside", "seed 256 of 256", [_u16(3, 256), 0, two], "f32", R.SEED_OUTSIDE_POOL),
+        ("order", "seeds in descending order", [_u16(9, 3), 0, two], "f32", R.MALFORMED),
+        ("twice", "a seed twice", [_u16(9, 9), 0, two], "f32", R.MALFORMED),
+        ("lengths", "two seeds, one value", [_u16(1, 2), 0, _f32(1.0)], "f32", R.COEFFICIENT_COUNT),
+        ("half-value", "half a value", [_u16(1, 2), 0, bytes(3)], "f16", R.MALFORMED),
+        ("nan", "a value is NaN", [_u16(1, 2), 0, _f32(1.0, NAN)], "f32", R.NON_FINITE),
+        ("overflow", "a value that float32 cannot hold", [_u16(1, 2), 127, _f16(1.0, 2.0)], "f16", R.NON_FINITE),
+        ("unnamed", "two values for nobody knows which seeds", [None, 0, two], "f32", R.COEFFICIENT_COUNT),
+        ("nan-first", "values are read before seeds", [_u16(9, 3), 0, _f32(1.0, NAN)], "f32", R.NON_FINITE),
+    )
+    for name, about, fields, form, refusal in scenarios:
+        plan = _changed(PLAN, {"change": fields})
+        context = {"seeds": 256, "change_format": form}
+        yield Scenario(f"refused-plan-change-{name}", about, "plan", plan, refusal=refusal, context=context)
+        update = _changed(UPDATE, {"scalars": b"", "change": fields})
+        context = {"seeds": 256, "scalar_format": form}
+        yield Scenario(f"refused-update-change-{name}", about, "update", update, refusal=refusal, context=context)
+    few = _changed(PLAN, {"change": [None, 0, two]})
+    known = {"seeds": 256, "change_format": "f32", "known_seeds": [1, 2, 3]}
+    about = "two values, three seeds that all devices drew"
+    yield Scenario("refused-plan-change-drawn", about, "plan", few, refusal=R.COEFFICIENT_COUNT, context=known)

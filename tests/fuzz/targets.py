@@ -25,7 +25,7 @@ from shared.wire import KIND_NUMBERS, PROTOCOL_VERSION, decode, encode
 from tools.vectors_wire import outcome as first_outcome
 
 SEED_COUNTS = {1 << bits for bits in range(8, 17)}
-FRAMED, WITH_POOL, WITH_FORMAT, IS_F16, WITH_STEPS, WITH_LIMIT = (1 << bit for bit in range(6))
+FRAMED, WITH_POOL, WITH_FORMAT, IS_F16, WITH_STEPS, WITH_LIMIT, IS_F8, WITH_KNOWN = (1 << bit for bit in range(8))
 
 
 def frame(data: bytes) -> tuple[Any, bytes, dict[str, Any]]:
@@ -41,7 +41,10 @@ def frame(data: bytes) -> tuple[Any, bytes, dict[str, Any]]:
     if flags & WITH_POOL:
         context["seeds"] = 256
     if flags & WITH_FORMAT:
-        context["scalar_format"] = "f16" if flags & IS_F16 else "f32"
+        form = "f16" if flags & IS_F16 else "f8" if flags & IS_F8 else "f32"
+        context["change_format" if kind == "plan" else "scalar_format"] = form
+    if flags & WITH_KNOWN:
+        context["known_seeds"] = [1, 2, 200]
     if flags & WITH_STEPS:
         context["local_steps"] = 3
     if flags & WITH_LIMIT:
