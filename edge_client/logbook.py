@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
@@ -40,7 +41,8 @@ class Logbook:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._handler.close()
+        with suppress(OSError):  # what a full disk did not take before, it does not take now
+            self._handler.close()
 
 
 def tail(path: Path, count: int) -> list[str]:

@@ -134,7 +134,10 @@ def lines(seen: Seen) -> list[str]:
     status, now_ms = seen.status, seen.status.written_at_ms + seen.age_s * 1000
     rows = [("state", _state_text(seen)), ("round", _round_text(status)), ("accepted", _accepted_text(status, now_ms))]
     rows.append(("queue", "; ".join(status.queue) or "nothing waits for a receipt"))
-    rows += [("broker", _broker_text(status, now_ms)), ("today", _traffic_text(status.bytes_today))]
+    rows += [
+        ("broker", _broker_text(status, now_ms) if seen.is_alive else status.broker),
+        ("today", _traffic_text(status.bytes_today)),
+    ]
     if status.energy_j is not None:
         rows.append(("energy", f"{status.energy_j:.0f} J since it started"))
     rows += [(one.name, f"{one.text}; {one.limit}" if one.limit else one.text) for one in status.readings]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Device:
         self._capsys, self._monkeypatch = capsys, monkeypatch
         self.file = folder / "kseed.toml"
         self.state_dir = folder / "state"
+        self.agents: list[subprocess.Popen[str]] = []
         tables: dict[str, dict[str, Any]] = {
             "agent": {"run": "spring", "device": "ann", "state_dir": "state"},
             "data": {"source": str(folder / "reviews.jsonl"), "max_length": 40},
@@ -57,7 +59,8 @@ class Device:
         return code, out + err
 
     def up(self) -> subprocess.Popen[str]:
-        return started("up", "--config", self.file, KSEED_AGENT_STATE_DIR=str(self.state_dir))
+        self.agents.append(started("up", "--config", self.file, KSEED_AGENT_STATE_DIR=str(self.state_dir)))
+        return self.agents[-1]
 
     def until(self, text: str, code: int) -> dict[str, Any]:
         """Ask for the status until it says `text` and ends with `code`."""
@@ -71,8 +74,12 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, capsys: Any, monkeypatch: Any) -> Device:
-    return Device(tmp_path, capsys, monkeypatch, broker={"host": mosquitto.host, "port": mosquitto.port})
+def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, capsys: Any, monkeypatch: Any) -> Iterator[Device]:
+    found = Device(tmp_path, capsys, monkeypatch, broker={"host": mosquitto.host, "port": mosquitto.port})
+    yield found
+    for agent in found.agents:
+        agent.kill()  # where the test failed before it ended
+        agent.communicate()
 
 
 def serving(tmp_path: Path, broker: RunningBroker, model: Path, **config: Any) -> subprocess.Popen[str]:

@@ -23,6 +23,9 @@ from shared.transport import Delivered
 from tests.small_fleet import SmallFleet
 from tests.sysfs.machines import jetson_orin_6
 from tests.test_agent import said, small, steps_of
+from tests.test_machine_faults import fill, tiny_disk
+
+__all__ = ["tiny_disk"]  # a fixture
 
 NOW_S = 1_700_000_000.0
 
@@ -347,6 +350,13 @@ def test_following_a_log_goes_on_when_it_turns_over(tmp_path: Path) -> None:
     path.rename(tmp_path / "log.1")
     path.write_text("the first of the next\n")
     assert [next(following), next(following)] == ["the last of this file\n", "the first of the next\n"]
+
+
+def test_a_log_on_a_full_disk_stops_nothing(tiny_disk: Path) -> None:
+    fill(tiny_disk)
+    book = Logbook(tiny_disk / LOG)
+    book.add("lost")
+    book.close()
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

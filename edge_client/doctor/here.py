@@ -47,7 +47,7 @@ def disk(folder: Path, config: EdgeConfig) -> Seen:
         ) from error
     took_ms = (time.perf_counter() - began_s) * 1000
     free, floor = free_disk(folder), config.gate.disk_floor_mb
-    text = f"{folder}: writing and syncing 4 KB took {took_ms:.3g} ms, {free}"
+    text = f"{folder}: writing and syncing 4 KB took {took_ms:.3g} ms; {free.value or 0:.0f} MB free"
     if free.value is not None and free.value < floor and config.gate.enabled:
         return Seen(
             f"{text}, under the floor of {floor:.0f} MB", "Free some space, or lower disk_floor_mb under [gate]."
