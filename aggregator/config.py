@@ -59,7 +59,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     step_rms: float = 1e-3  # normalised: RMS change of a weight per step, at the start
     clip: float = 3.0  # normalised: in running RMS of the scalars
     decay: float = 0.99  # normalised: of the running mean square, per step
-    kept_promise: float = 0.3  # normalised: part of the fall that scalars promise; step_rms is steered to keep it; 0: off
+    kept_promise: float = 0.4  # normalised: part of the fall that scalars promise; step_rms is steered to keep it; 0: off
     # The combination.
     algorithm: AlgorithmName = "fedkseed"
     weighting: Weighting = "samples"

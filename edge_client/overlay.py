@@ -7,7 +7,7 @@ The base weights are taken out of the modules and never written. In their place 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,10 +85,18 @@ class Overlay:
     """
 
     def __init__(
-        self, model: nn.Module, *, pool_key: int, seeds: int, directions: DirectionKind, kernel: Kernel | None = None
+        self,
+        model: nn.Module,
+        *,
+        pool_key: int,
+        seeds: int,
+        directions: DirectionKind,
+        kernel: Kernel | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
+        """`only`: the names of the tensors to tune, as a manifest has them; all of them if None."""
         check_seed_count(seeds)
-        selection = select(model)
+        selection = select(model, only)
         self.model = model
         self.seeds = seeds
         self.directions: DirectionKind = directions
@@ -102,6 +110,7 @@ class Overlay:
         self._scratch = Scratch(selection.dtype, selection.device)
         self._probes = _Probes()
         self._tensors = selection.tensors
+        self._fixed = selection.fixed
         self._weights = {
             tuned.name: BaseWeights(tuned, number, self._scratch, self._added, self._probes)
             for number, tuned in enumerate(selection.tensors)
@@ -187,7 +196,7 @@ class Overlay:
         return self._digest(rebuilt=True)
 
     def base_digest(self) -> bytes:
-        """SHA-256 of the base weights, raw little-endian bytes in manifest order."""
+        """SHA-256 of the base weights, raw little-endian bytes in manifest order, then of those that no run tunes."""
         return self._digest(rebuilt=False)
 
     def write_out(self) -> None:
@@ -242,10 +251,11 @@ class Overlay:
     def _digest(self, *, rebuilt: bool) -> bytes:
         self._check_idle()
         hashed = hashlib.sha256()
-        for weights in self._weights.values():
-            fill = weights.fill if rebuilt else weights.base.read
-            for start in range(0, weights.base.elements, _DIGEST_CHUNK):
-                part = self._scratch.take(0, min(_DIGEST_CHUNK, weights.base.elements - start))
+        read = [(one.base.elements, one.fill if rebuilt else one.base.read) for one in self._weights.values()]
+        read += [] if rebuilt else [(one.base.elements, one.base.read) for one in self._fixed]
+        for elements, fill in read:
+            for start in range(0, elements, _DIGEST_CHUNK):
+                part = self._scratch.take(0, min(_DIGEST_CHUNK, elements - start))
                 fill(torch.tensor([start], dtype=torch.int64, device=part.device), part.view(1, -1))
                 hashed.update(part.view(torch.uint8).cpu().numpy().data)
         return hashed.digest()
@@ -270,7 +280,7 @@ class Overlay:
 
     def _end(self) -> None:
         self._is_attached = False
-        self._tensors = ()
+        self._tensors, self._fixed = (), ()
         self._weights = {}
 
     def _check_seed(self, k: int) -> None:

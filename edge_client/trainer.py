@@ -23,6 +23,7 @@ from edge_client.model import LoadedModel, load_model
 from edge_client.overlay import Overlay
 from edge_client.shortage import Portions, must_fit, release
 from shared.errors import UserError
+from shared.manifest import Manifest
 from shared.messages import Plan, Run, Update
 from shared.ranges import MODEL_DIGEST_BYTES
 from shared.wire import coefficients_from_bytes, scalars_to_bytes
@@ -77,6 +78,7 @@ class ModelTrainer:
             seeds=run.seeds,
             directions=run.directions,
             kernel=choice.kernel,
+            only={tensor.name for tensor in Manifest.unpack(run.manifest).tensors},
         )
         self._say(f"kernel {choice.kernel.name} ({choice.reason}), {torch.get_num_threads()} threads")
         return ModelReady(self.overlay.manifest, self.overlay.base_digest(), _data_digest(self._task))

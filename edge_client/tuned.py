@@ -7,7 +7,7 @@ is tuned in part on one device and whole on another diverges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,13 +53,17 @@ class Selection:
     """All tuned tensors of a model, in manifest order, of one dtype on one device."""
 
     tensors: tuple[Tuned, ...]
+    fixed: tuple[Tuned, ...]  # the others, by name
     manifest: Manifest
     dtype: torch.dtype
     device: torch.device
 
 
-def select(model: nn.Module) -> Selection:
-    """The tuned tensors of `model`. Raises UserError, naming tensors, where one cannot be tuned."""
+def select(model: nn.Module, only: Collection[str] | None = None) -> Selection:
+    """The tuned tensors of `model`: all, or those with a name in `only`.
+
+    Raises UserError, naming tensors, where one cannot be tuned, or none is left.
+    """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     weights: dict[int, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -79,8 +83,13 @@ def select(model: nn.Module) -> Selection:
     found = _merge_shared(found)
     _check_alike(found)
     _check_references(model, found)
-    manifest = Manifest(tuple(Entry(tuned.name, tuple(tuned.weight.shape)) for tuned in found))
-    return Selection(tuple(found), manifest, found[0].weight.dtype, found[0].weight.device)
+    chosen = found if only is None else [tuned for tuned in found if tuned.name in only]
+    if not chosen:
+        raise UserError("the model has none of the tensors that the run tunes. Choose the run's model.")
+    names = {tuned.name for tuned in chosen}
+    fixed = tuple(tuned for tuned in found if tuned.name not in names)
+    manifest = Manifest(tuple(Entry(tuned.name, tuple(tuned.weight.shape)) for tuned in chosen))
+    return Selection(tuple(chosen), fixed, manifest, found[0].weight.dtype, found[0].weight.device)
 
 
 def _merge_shared(found: list[Tuned]) -> list[Tuned]:

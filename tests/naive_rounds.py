@@ -275,7 +275,7 @@ class NaiveRun:
         loss = float(weighed / sum(update["samples"] for update in known))
         if self.reference is not None and self.promised > 0 and self.settings["kept_promise"]:
             kept = max(0.0, self.reference - loss) / self.promised
-            factor = min(1.5, max(0.5, math.sqrt(kept / self.settings["kept_promise"])))
+            factor = min(1.2, max(0.5, math.sqrt(kept / self.settings["kept_promise"])))
             first = self.settings["step_rms"]
             self.step_rms = min(64 * first, max(first / 64, self.step_rms * factor))
         self.reference, self.promised = loss, promise

@@ -36,7 +36,8 @@ def apply_delta(loaded: LoadedModel, delta: Delta, place: str) -> TunedModel:
     """
     from edge_client.overlay import Overlay
 
-    overlay = Overlay(loaded.model, pool_key=delta.pool_key, seeds=delta.seeds, directions=delta.directions)
+    only = _tuned_names(loaded, delta)
+    overlay = Overlay(loaded.model, pool_key=delta.pool_key, seeds=delta.seeds, directions=delta.directions, only=only)
     if overlay.manifest.digest() != delta.manifest_digest:
         raise UserError(
             f"{loaded.source} has other tensors than the model of {place} ({delta.model}); a delta fits its own base "
@@ -51,3 +52,20 @@ def apply_delta(loaded: LoadedModel, delta: Delta, place: str) -> TunedModel:
         )
     overlay.set_coefficients(delta.coefficients)
     return TunedModel(loaded, overlay)
+
+
+def _tuned_names(loaded: LoadedModel, delta: Delta) -> frozenset[str] | None:
+    """The tensors of the scope that the delta's manifest is of; None, which is all of them, where it is of none."""
+    from edge_client.scopes import SCOPES, names_in
+    from edge_client.tuned import select
+    from shared.manifest import Manifest
+
+    tensors = select(loaded.model).manifest.tensors
+    for scope in SCOPES:
+        try:
+            names = names_in(scope, [tensor.name for tensor in tensors])
+        except UserError:  # a model without layers has no upper ones
+            continue
+        if Manifest(tuple(one for one in tensors if one.name in names)).digest() == delta.manifest_digest:
+            return names
+    return None
