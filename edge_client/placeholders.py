@@ -2,10 +2,11 @@
 
 A placeholder stands in a module where the base weight stood. Operations reach it through `__torch_function__`:
 those of `_PLAIN`, whose outputs never share memory with their inputs, get the weights in scratch memory that the next
-operation uses again; an embedding computes the rows it looks up; an int index into the first dimension (an expert of
-many) is a smaller placeholder. Metadata is answered without weights. Everything else arrives in `__torch_dispatch__` as
-an ATen operation and gets weights in fresh memory, so a weight used in a way nobody thought of here is still the right
-one. What would write to a placeholder, or read its memory directly, is refused with the tensor's name.
+operation uses again; a large linear layer uses them slice by slice; an embedding computes the rows it looks up; an
+int index into the first dimension (an expert of many) is a smaller placeholder. Metadata is answered without weights.
+Everything else arrives in `__torch_dispatch__` as an ATen operation and gets weights in fresh memory, so a weight used
+in a way nobody thought of here is still the right one. What would write to a placeholder, or read its memory directly,
+is refused with the tensor's name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from edge_client.pairs import Pair, same
 from shared.errors import UserError
+
+SLICE = 1 << 21  # weights of a matrix that are in memory at a time
+_ALIGNED = 64  # rows
 
 
 class Weights(Protocol):
@@ -152,10 +156,14 @@ def _refusing(action: str) -> Callable[[Any, Any, Any], Any]:
     return handler
 
 
+def _wants_gradient(values: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
 def _plain(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation whose output shares no memory with its inputs: weights in scratch memory, one slot for each."""
     values = (*args, *kwargs.values())
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+    if _wants_gradient(values):
         return NotImplemented  # backward would read the scratch memory after it was used again
     if "out" in kwargs:
         return NotImplemented
@@ -173,11 +181,36 @@ def _plain(func: Any, args: Any, kwargs: Any) -> Any:
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     """F.linear with 2-D input: a 3-D one that is not contiguous takes 200 times as long (torch 2.13, bf16, CPU)."""
     bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    x = bound["input"]
+    x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+    if not isinstance(x, Placeholder) and x.dim() >= 2 and _is_sliced(weight) and not _wants_gradient((x, bias)):
+        return _sliced(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     if isinstance(x, Placeholder) or x.dim() < 3:
         return _plain(func, args, kwargs)
-    flat = _plain(func, (x.reshape(-1, x.shape[-1]), bound["weight"], bound.get("bias")), {})
+    flat = _plain(func, (x.reshape(-1, x.shape[-1]), weight, bias), {})
     return flat if flat is NotImplemented else flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+def _is_sliced(weight: Any) -> bool:
+    """Is the weight large, and do slices of its rows give the bits that all of them give together?
+
+    They did for 2-byte dtypes, and in float32 for so many rows (torch 2.13 on AVX-512). Elsewhere the last bits may
+    differ, for both probes alike.
+    """
+    if not isinstance(weight, Placeholder) or weight.dim() != 2 or weight.numel() <= SLICE:
+        return False
+    return weight.element_size() == 2 or len(weight) % _ALIGNED == 0
+
+
+def _sliced(x: Tensor, weight: Placeholder, bias: Tensor | None) -> Tensor:
+    """F.linear of x (N, D), with some of the weight's rows in memory at a time."""
+    size = weight.shape[1]
+    step = max(_ALIGNED, SLICE // size // _ALIGNED * _ALIGNED)
+    out = x.new_empty(len(x), len(weight))
+    for start in range(0, len(weight), step):
+        rows = slice(start, min(start + step, len(weight)))
+        part = weight.part(start * size, torch.Size((rows.stop - start, size)))
+        out[:, rows] = _plain(F.linear, (x, part, None if bias is None else bias[rows]), {})
+    return out
 
 
 def _embedding(func: Any, args: Any, kwargs: Any) -> Any:

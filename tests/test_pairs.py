@@ -12,6 +12,7 @@ from overlays import CountingKernel, overlay_of
 from tiny_models import CONFIGS, tiny_batch, tiny_ids, tiny_model
 from torch import Tensor
 
+from edge_client import placeholders
 from edge_client.bases import Base
 from edge_client.estimator import two_point
 from edge_client.loss import labelled_loss
@@ -37,6 +38,14 @@ def test_a_paired_step_has_the_losses_and_the_scalar_of_two_passes_bit_for_bit(n
     assert overlay.is_paired or name in SPARSE
     assert together == probe_of(overlay, is_paired=False)
     assert overlay.model_digest() == before
+
+
+def test_slices_of_large_layers_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholders, "SLICE", 1 << 8)
+    overlay = overlay_of(tiny_model("llama", torch.bfloat16))
+    together = probe_of(overlay, is_paired=True)
+    assert overlay.is_paired and together == probe_of(overlay, is_paired=False)
+    assert overlay.scratch_bytes == 2 * 64 * 24 * 2  # 64 rows of each side
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,6 +15,7 @@ from tiny_models import tiny_ids, tiny_model
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from edge_client import placeholders
 from shared.errors import UserError
 
 
@@ -116,6 +117,25 @@ def test_results_are_not_overwritten_by_later_operations() -> None:
                 use(model)
     for name, before in snapshots.items():
         assert torch.equal(kept[name], before), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "is_sliced"), [(1024, True), (1001, False)])
+def test_a_large_linear_layer_is_used_in_slices_of_rows_with_the_same_bits(
+    dtype: torch.dtype, rows: int, is_sliced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placeholders, "SLICE", 1 << 13)
+    torch.manual_seed(0)
+    model = nn.Linear(48, rows, dtype=dtype).requires_grad_(False)
+    value = torch.randn(3, 37, 48).to(dtype)
+    overlay = overlay_of(model)
+    with torch.inference_mode():
+        found = model(value)
+    is_sliced = is_sliced or dtype != torch.float32
+    assert (overlay.scratch_bytes <= ((1 << 13) + rows) * dtype.itemsize) == is_sliced
+    overlay.write_out()
+    with torch.inference_mode():
+        assert torch.equal(found, model(value))
 
 
 def test_gradients_of_inputs_are_right() -> None:
