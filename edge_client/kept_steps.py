@@ -27,6 +27,7 @@ KIND = "kseed steps 1"
 SYNC_S = 10.0  # a kill loses no step that was written; a machine that loses its power, the steps of this long
 _RECORD = struct.Struct("<IIdd")  # step (0: held-out evaluation), examples, then two numbers
 _CHECKSUM = struct.Struct("<I")
+RECORD_BYTES = _RECORD.size + _CHECKSUM.size
 
 
 class KeptSteps:
@@ -114,7 +115,7 @@ class KeptSteps:
 
 def _reports(data: bytes, checksum: int, steps: int) -> Iterator[Report]:
     """The reports of whole, undamaged records in order, up to the first that is not."""
-    size = _RECORD.size + _CHECKSUM.size
+    size = RECORD_BYTES
     done = -1
     for start in range(0, len(data) - size + 1, size):
         body = data[start : start + _RECORD.size]

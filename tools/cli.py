@@ -171,6 +171,7 @@ def soak_yield(
     ] = 20.0,
     others_percent: Annotated[float, typer.Option(help="[gate] others_cpu_percent.")] = 25.0,
     model: Annotated[Path | None, typer.Option(help="A model's folder; a tiny one if not given.")] = None,
+    load: Annotated[list[str] | None, typer.Option(help="cpu, memory or mains; again for more [all].")] = None,
     out: Annotated[Path, typer.Option(help="Folder for logs, metrics and report.")] = Path("kseed-soak-yield"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -180,7 +181,8 @@ def soak_yield(
     from tools.soak_yield import YieldSettings, run_soak_yield
     from tools.yield_report import yield_text
 
-    report = run_soak_yield(YieldSettings(out, seed, minutes, quiet_s, others_percent, model), _note)
+    settings = YieldSettings(out, seed, minutes, quiet_s, others_percent, model, tuple(load or ()))  # type: ignore[arg-type]
+    report = run_soak_yield(settings, _note)
     _tell(msgspec.json.encode(report).decode() if as_json else yield_text(report))
     raise typer.Exit(0 if report.is_well else 1)
 

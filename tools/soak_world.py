@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,15 @@ def _write_model(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def create_command(world: World, seed: int, *, rounds: int = 1_000_000_000, deadline: int = 5) -> list[str]:
+def create_command(
+    world: World,
+    seed: int,
+    *,
+    rounds: int = 1_000_000_000,
+    deadline: int = 5,
+    local_steps: int = LOCAL_STEPS,
+    quorum: int = 2,
+) -> list[str]:
     """The command line that creates the run: it ends when it is stopped; late updates are refused or folded in.
 
     deadline: of a round, seconds.
@@ -123,9 +132,9 @@ def create_command(world: World, seed: int, *, rounds: int = 1_000_000_000, dead
             "store": world.store,
             "seeds": SEEDS,
             "rounds": rounds,
-            "local-steps": LOCAL_STEPS,
+            "local-steps": local_steps,
             "batch-size": 4,
-            "quorum": 2,
+            "quorum": quorum,
             "deadline": deadline,
             "late": "fold" if seed % 2 else "refuse",
         },
@@ -143,7 +152,9 @@ def stop_command(world: World) -> list[str]:
     return _command(["kseed-aggregator", "stop", RUN], {"store": world.store})
 
 
-def join_command(world: World, agent: str, broker: str) -> list[str]:
+def join_command(
+    world: World, agent: str, broker: str, manners: Sequence[str] = ("--no-gate", "--nice", "0")
+) -> list[str]:
     """The command line of an agent. broker: host:port."""
     options = {
         "device": agent,
@@ -155,7 +166,7 @@ def join_command(world: World, agent: str, broker: str) -> list[str]:
         "kernel": "torch",  # numba compiles for seconds, and these processes do not live for long
         "metrics": world.metrics(agent),
     }
-    return _command(["kseed-edge", "join", RUN, "--wait", "--no-gate", "--nice", "0"], options)
+    return _command(["kseed-edge", "join", RUN, "--wait", *manners], options)
 
 
 def _command(start: list[str], options: dict[str, object]) -> list[str]:
