@@ -30,6 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
 
 
+class TooLittleMemory(UserError):
+    """Memory ran out, and there is nothing left to make smaller here."""
+
+
 class Portions:
     """How many sequences go through the model at once. Halved when memory runs out, and it stays so."""
 
@@ -43,7 +47,7 @@ class Portions:
         """`measure()`, which takes `rows` sequences `at_once`; done all over with fewer when memory runs out.
 
         All over, because both losses of a probe must come about in the same way: rounding depends on the batch's
-        shape. Raises UserError where one sequence is too much, and whatever else `measure` raises.
+        shape. Raises TooLittleMemory where one sequence is too much, and whatever else `measure` raises.
         """
         while True:
             try:
@@ -53,14 +57,14 @@ class Portions:
             release()  # outside of the handler: while the error lives, its frames hold the tensors
 
     def shrink(self, error: MemoryError | RuntimeError, rows: int) -> None:
-        """Halve, after `error` at `rows` sequences. Raises UserError at one, and `error` if it is another matter."""
+        """Halve, after `error` at `rows` sequences. Raises TooLittleMemory at one, `error` if it is another matter."""
         if not is_out_of_memory(error):
             raise error
         now = min(self.at_once or rows, rows)
         why = str(error).strip().splitlines()
         because = f" ({why[0][:200]})" if why else ""
         if now == 1:
-            raise UserError(
+            raise TooLittleMemory(
                 f"{self._what}: memory ran out with a single sequence{because}. "
                 "Lower max_length, free some memory, or take a smaller model."
             ) from error
@@ -73,13 +77,13 @@ class Portions:
 
 @contextmanager
 def must_fit(what: str) -> Iterator[None]:
-    """For work that cannot be done in portions. Raises UserError where memory runs out in it."""
+    """For work that cannot be done in portions. Raises TooLittleMemory where memory runs out in it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{what} ({error}). Free some memory, or take a smaller model.") from error
+        raise TooLittleMemory(f"{what} ({error}). Free some memory, or take a smaller model.") from error
 
 
 def in_portions(batch: Batch, at_once: int | None) -> list[Batch]:
