@@ -65,8 +65,8 @@ def widened(stored):
     """A stored weight as float32; numba picks by the storage's type."""
 
 
-def rounded(value, stored):
-    """A float32 rounded into the storage that `stored` has; a NaN becomes the canonical one."""
+def rounded(value, array):
+    """A float32 rounded into the storage of an array; a NaN becomes the canonical one."""
 
 
 @overload(widened)
@@ -79,9 +79,9 @@ def _overload_widened(stored):
 
 
 @overload(rounded)
-def _overload_rounded(value, stored):
-    if stored.bitwidth == 32:
-        return lambda value, stored: np.float32(np.nan) if value != value else value
-    if stored.signed:
-        return lambda value, stored: np.int16(_to_half(value))
-    return lambda value, stored: _to_bf16(value)
+def _overload_rounded(value, array):
+    if array.dtype.bitwidth == 32:
+        return lambda value, array: np.float32(np.nan) if value != value else value
+    if array.dtype.signed:
+        return lambda value, array: np.int16(_to_half(value))
+    return lambda value, array: _to_bf16(value)

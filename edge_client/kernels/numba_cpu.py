@@ -1,9 +1,9 @@
 """The CPU kernel: numba loops over groups of 128 weights, one Philox call each (`shared.directions` is the definition).
 
-Speed rests on four choices, each measured: Philox runs over many counters in one loop, so that it vectorises; a group's
-signs and window of y meet in 128 floats that never leave the first cache; they are added to the base at once, so that
-reading memory and computing overlap; indices are unsigned, because numba tests others for wrap-around. No fast-math:
-every operation rounds once, none is fused.
+Speed rests on choices that were measured: Philox runs over many counters in one loop, so that it vectorises; a group's
+signs, its window of y and its base meet in registers; they are added at once, so that reading memory and computing
+overlap; indices are unsigned, because numba tests others for wrap-around. No fast-math: every operation rounds once,
+none is fused.
 
 Words of Philox are (4, n) so that each of the four is contiguous. uint32() around each integer operation keeps numba
 from widening it to 64 bits.
@@ -19,7 +19,8 @@ from numba import get_num_threads, njit, prange, set_num_threads, uint32, uint64
 from torch import Tensor
 
 from edge_client.kernels import Packed, SumKind, Terms
-from edge_client.kernels.numba_base import ROOM, add, copy
+from edge_client.kernels.numba_base import LEVELS, kept
+from edge_client.kernels.numba_bits import _float, rounded, widened
 from shared.directions import BUCKET_STREAM, GAUSSIAN_STREAM, RADEMACHER_STREAM, SIGN_STREAM, normal_quantiles
 
 _CHUNK = 4096  # weights per batch of Philox calls
@@ -62,17 +63,54 @@ def _flip(buffer, bits, begin, words, group):
 
 
 @njit(nogil=True)
-def _hadamard_groups(base, lead, start, stop, out, to, bits, windows, words, groups, buffer, amounts, room):
-    """Weights start..stop, in `groups` groups; theirs is base[start + lead] on. `amounts` is `buffer` as float32."""
-    first = start >> 7
+def _add_group(base, at, bits, begin, words, group, out, to):
+    """128 weights: out[to + i] = base[at + i] + the float with these bits[begin + i] and the group's sign i.
+
+    Four words side by side, because numba vectorises this and not one word after another; no memory in between.
+    """
+    w0, w1, w2, w3 = words[0, group], words[1, group], words[2, group], words[3, group]
+    at, begin, to, top = uint64(at), uint64(begin), uint64(to), uint32(0x80000000)
+    n1, n2, n3 = uint64(32), uint64(64), uint64(96)
+    for j in range(uint64(32)):
+        shift = uint32(uint32(31) - uint32(j))
+        y0 = _float(bits[begin + j] ^ uint32(uint32(w0 << shift) & top))
+        y1 = _float(bits[begin + n1 + j] ^ uint32(uint32(w1 << shift) & top))
+        y2 = _float(bits[begin + n2 + j] ^ uint32(uint32(w2 << shift) & top))
+        y3 = _float(bits[begin + n3 + j] ^ uint32(uint32(w3 << shift) & top))
+        out[to + j] = rounded(widened(base[at + j]) + y0, out)
+        out[to + n1 + j] = rounded(widened(base[at + n1 + j]) + y1, out)
+        out[to + n2 + j] = rounded(widened(base[at + n2 + j]) + y2, out)
+        out[to + n3 + j] = rounded(widened(base[at + n3 + j]) + y3, out)
+
+
+@njit(nogil=True)
+def _add(base, at, amounts, skip, out, to, count):
+    """out[to + i] = base[at + i] + amounts[skip + i], rounded, for i < count."""
+    at, skip, to = uint64(at), uint64(skip), uint64(to)
+    for i in range(uint64(count)):
+        out[to + i] = rounded(widened(base[at + i]) + amounts[skip + i], out)
+
+
+@njit(nogil=True)
+def _hadamard_span(base, lead, start, stop, out, to, bits, shift, tensor, key, memory):
+    """Weights start..stop, at most `_CHUNK`; theirs is base[start + lead] on."""
+    words, rotations, buffer, room = memory
+    amounts = buffer.view(np.float32)
+    array, shifted = kept(base, start + lead, stop - start, out, room)
+    shifted -= start
+    first, block = start >> 7, start >> shift
+    groups = ((stop + 127) >> 7) - first
+    _philox(first, groups, tensor, SIGN_STREAM, key, words)
+    _philox(block, ((stop - 1) >> shift) - block + 1, tensor, BUCKET_STREAM, key, rotations)
     for group in range(groups):
-        _flip(buffer, bits, windows[group], words, group)
-        lower = max(start, (first + group) << 7)
-        upper = min(stop, (first + group + 1) << 7)
-        if upper - lower == 128:  # a constant trip count makes the better loop
-            add(base, lower + lead, amounts, 0, out, to + lower - start, 128, room)
+        element = (first + group) << 7  # may lie before `start`, never in an earlier block than its group
+        window = (rotations[0, (element >> shift) - block] + element) & ((1 << shift) - 1)
+        lower, upper = max(start, element), min(stop, element + 128)
+        if upper - lower == 128:
+            _add_group(array, lower + shifted, bits, window, words, group, out, to + lower - start)
         else:
-            add(base, lower + lead, amounts, lower & 127, out, to + lower - start, upper - lower, room)
+            _flip(buffer, bits, window, words, group)
+            _add(array, lower + shifted, amounts, lower & 127, out, to + lower - start, upper - lower)
 
 
 @njit(nogil=True, cache=True)
@@ -82,42 +120,17 @@ def _hadamard_units(base, is_apart, starts, length, out, bits, shift, tensor, ke
     base: an array, or what `numba_base` knows as a packed one. is_apart: it holds the segments alone, one after the
     other as `out` does.
     """
-    words = np.empty((4, _GROUPS), np.uint32)
-    rotations = np.empty((4, _CHUNK // 256 + 2), np.uint32)
-    windows = np.empty(_GROUPS, np.int64)
-    buffer = np.empty(128, np.uint32)
-    amounts = buffer.view(np.float32)
-    room = np.empty(ROOM, np.float32)
+    words, rotations = np.empty((4, _GROUPS), np.uint32), np.empty((4, _CHUNK // 256 + 2), np.uint32)
+    memory = words, rotations, np.empty(128, np.uint32), np.empty(LEVELS + _CHUNK, np.float32)
     pieces = (length + _UNIT - 1) // _UNIT
     for number in range(unit, end):
         segment, piece = number // pieces, number % pieces
         begin = starts[segment]
         lead = segment * length - begin if is_apart else 0
+        stop = begin + min(length, (piece + 1) * _UNIT)
         for offset in range(piece * _UNIT, min(length, (piece + 1) * _UNIT), _CHUNK):
-            start = begin + offset
-            stop = min(begin + min(length, (piece + 1) * _UNIT), start + _CHUNK)
-            first, block = start >> 7, start >> shift
-            groups = ((stop + 127) >> 7) - first
-            _philox(first, groups, tensor, SIGN_STREAM, key, words)
-            _philox(block, ((stop - 1) >> shift) - block + 1, tensor, BUCKET_STREAM, key, rotations)
-            for group in range(groups):
-                element = (first + group) << 7  # may lie before `start`, never in an earlier block than its group
-                windows[group] = (rotations[0, (element >> shift) - block] + element) & ((1 << shift) - 1)
-            _hadamard_groups(
-                base,
-                lead,
-                start,
-                stop,
-                out,
-                segment * length + offset,
-                bits,
-                windows,
-                words,
-                groups,
-                buffer,
-                amounts,
-                room,
-            )
+            start, to = begin + offset, segment * length + offset
+            _hadamard_span(base, lead, start, min(stop, start + _CHUNK), out, to, bits, shift, tensor, key, memory)
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -178,15 +191,19 @@ def _sums_parallel(base, is_apart, starts, length, out, sums, is_gaussian, tenso
         total[:count] = sums[start : start + count]
         _accumulate(total, 0, start, start + count, is_gaussian, tensor, key, seeds, amounts, table, words)
         at = segment * length + offset if is_apart else start
-        add(base, at, total, 0, out, segment * length + offset, count, total)  # an array needs no room
+        _add(base, at, total, 0, out, segment * length + offset, count)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _copy_parallel(base, starts, length, out):
+def _unpack_parallel(base, starts, length, out):
     pieces = (length + _CHUNK - 1) // _CHUNK
     for number in prange(starts.size * pieces):
         segment, offset = number // pieces, number % pieces * _CHUNK
-        copy(base, starts[segment] + offset, out, segment * length + offset, min(_CHUNK, length - offset))
+        room = np.empty(LEVELS + _CHUNK, np.float32)
+        count = min(length - offset, _CHUNK)
+        array, at = kept(base, starts[segment] + offset, count, out, room)
+        for i in range(count):
+            out[segment * length + offset + i] = rounded(widened(array[at + i]), out)
 
 
 def _stored(weights: Tensor) -> np.ndarray:
@@ -242,7 +259,7 @@ class NumbaKernel:
     def unpack(self, base: Packed, starts: Tensor, out: Tensor) -> None:
         """See `edge_client.kernels.Kernel.unpack`."""
         _match_threads()
-        _copy_parallel(_kept(base), starts.numpy(), out.shape[1], _stored(out))
+        _unpack_parallel(_kept(base), starts.numpy(), out.shape[1], _stored(out))
 
     def add_sums(
         self, base: Tensor, starts: Tensor, out: Tensor, *, tensor: int, sums: Tensor, kind: SumKind, pool_key: int,
