@@ -1,8 +1,8 @@
 """How many bytes the owner allows per day and per round, and what follows: a pure function, no clock, no disk.
 
 A round that has begun is finished: what its plan cost is spent, and half a round helps nobody. So the question is asked
-once per round, before its first step. Who cannot afford another round today stops listening to plans and changes, which
-go on costing: spreading rounds over the day instead would cost a whole snapshot (16 KB) at each return.
+once per round, before its first step. Who cannot afford another round today stops listening to plans, which go on
+costing: spreading rounds over the day instead would cost a whole snapshot (16 KB) at each return.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Standing:
     day: str = ""
     begun: tuple[int, bytes] | None = None  # the round that may be finished
     pause: str | None = None  # why no round may begin, and what ends that; it names what was true at first, and stays
-    is_quiet: bool = False  # until the day is over: no plans, no changes
+    is_quiet: bool = False  # until the day is over: no plans
 
 
 def decide(

@@ -26,13 +26,12 @@ from edge_client.state import Settled, State
 from edge_client.state_files import Disk, Owner, read_whole, sealed, set_aside, unsealed, write_whole
 from edge_client.status import Layers
 from edge_client.tally import RoundMetrics
-from shared.topics import Kind, Topic
+from shared.topics import Topic
 from shared.transport import TrafficCount, Transport
 
 KIND = "kseed bytes 1"
 UNSAVED_BYTES = 4096
 NO_LIMITS = ByteLimits()
-QUIET_KINDS: tuple[Kind, ...] = ("plan", "change")  # what comes whether one takes part or not
 
 
 class Ledger:
@@ -74,7 +73,7 @@ class Ledger:
         return self._day
 
     def pause(self, state: State) -> str | None:
-        """Why no local step may begin, or None. Where the day's bytes are spent, plans and changes are left unheard."""
+        """Why no local step may begin, or None. Where the day's bytes are spent, plans are left unheard."""
         if self._limits == NO_LIMITS:
             return None
         now = self._now()
@@ -90,14 +89,13 @@ class Ledger:
             self._keepalive_s,
         )
         if self._standing.is_quiet != was_quiet:
-            for kind in QUIET_KINDS:
-                listen = self._transport.subscribe if was_quiet else self._transport.unsubscribe
-                listen(str(Topic(state.identity.run, kind)))
+            listen = self._transport.subscribe if was_quiet else self._transport.unsubscribe
+            listen(str(Topic(state.identity.run, "plan")))  # plans come whether one takes part or not
         return self._standing.pause
 
     def subscribe(self, topic: Topic) -> None:
         """Subscribe, unless what would come is beyond today's budget."""
-        if not (self._standing.is_quiet and topic.kind in QUIET_KINDS):
+        if not (self._standing.is_quiet and topic.kind == "plan"):
             self._transport.subscribe(str(topic))
 
     def round_over(self, metrics: RoundMetrics) -> None:

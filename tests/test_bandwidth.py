@@ -68,7 +68,7 @@ def a_report(lines: list[RoundMetrics]) -> BandwidthReport:
         compared_with="for its shapes",
         seeds=4096,
         local_steps=200,
-        scalar_format="f16",
+        numbers="f16",
         rounds=len(lines),
         client_round=layers_of(lines),
         least_bytes=None,
@@ -131,6 +131,7 @@ def test_csv_has_layers_and_kinds_of_every_round(tmp_path: Path) -> None:
     ("words", "text"),
     [
         ({"rounds": 1}, "--rounds is 1; give 2 or more"),
+        ({"numbers": "f64"}, "--numbers is 'f64'; allowed are f32, f16, f8"),
         ({"link": "5g"}, "--link is '5g'; allowed are nb-iot, lte-m, 3g, satellite, wifi"),
         ({"link": "wifi", "tls": False}, "--link is measured with TLS alone"),
     ],

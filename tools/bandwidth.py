@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -19,6 +20,7 @@ from aggregator.reports import RoundReport
 from edge_client.tally import RoundMetrics
 from shared.errors import UnavailableError, UserError
 from shared.manifest import Manifest, RunBase, Tensor
+from shared.messages import NumberFormat
 from tools.bandwidth_report import BandwidthReport, kinds_of, layers_of, other_ways, write_csv
 from tools.broker import find_mosquitto, start_broker
 from tools.certificates import make_certificates
@@ -45,7 +47,8 @@ rounds = {rounds}
 local_steps = {local_steps}
 batch_size = 1
 common_seeds = true
-scalar_format = "{scalar_format}"
+scalar_format = "{numbers}"
+change_format = "{numbers}"
 quorum = 1
 min_updates = 1
 deadline_s = {deadline_s}
@@ -75,13 +78,15 @@ class BandwidthSettings:
     rounds: int = 10
     local_steps: int = 200
     seeds: int = 4096
-    scalar_format: str = "f16"
+    numbers: str = "f16"  # f32, f16 or f8: of scalars up and of changes down
     tls: bool = True
     link: str | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 2:
             raise UserError(f"--rounds is {self.rounds}; give 2 or more: the first is the join's, and not counted.")
+        if self.numbers not in get_args(NumberFormat):
+            raise UserError(f"--numbers is {self.numbers!r}; allowed are {', '.join(get_args(NumberFormat))}.")
         if self.link is None:
             return
         if self.link not in PROFILES:
@@ -157,7 +162,7 @@ def _report(
         compared_with=settings.model or "for SmolLM2-135M's shapes",
         seeds=settings.seeds,
         local_steps=settings.local_steps,
-        scalar_format=settings.scalar_format,
+        numbers=settings.numbers,
         rounds=len(later),
         client_round=layers_of(later),
         least_bytes=min(sums, default=None),
@@ -206,7 +211,7 @@ def _run(settings: BandwidthSettings, world: World, say: Say) -> str:
             seeds=settings.seeds,
             rounds=settings.rounds,
             local_steps=settings.local_steps,
-            scalar_format=settings.scalar_format,
+            numbers=settings.numbers,
             deadline_s=DEADLINE_S,
         )
     )

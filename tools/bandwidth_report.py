@@ -68,7 +68,7 @@ class BandwidthReport(msgspec.Struct, frozen=True, kw_only=True):
     compared_with: str  # whose shapes the other ways are computed from
     seeds: int
     local_steps: int
-    scalar_format: str
+    numbers: str  # how scalars and changes are written
     rounds: int  # those that are averaged: all but the first
     client_round: Layers
     least_bytes: float | None  # of one round, both ways, all layers
@@ -131,7 +131,7 @@ def other_ways(manifest: Manifest) -> tuple[Other, ...]:
 def report_text(report: BandwidthReport) -> str:
     """The table."""
     rows = [
-        f"{report.model}, K = {report.seeds}, {report.local_steps} local steps, scalars {report.scalar_format}, "
+        f"{report.model}, K = {report.seeds}, {report.local_steps} local steps, numbers {report.numbers}, "
         f"{report.protocol}, {report.broker}" + (f", link {report.link}" if report.link else ""),
         "",
         f"{f'Bytes per client-round (mean of {report.rounds})':<44} {'up':>12} {'down':>12} {'sum':>13}",

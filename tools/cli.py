@@ -126,6 +126,7 @@ def bandwidth(
     rounds: Annotated[int, typer.Option(help="Rounds; the first is the join's and not averaged.")] = 10,
     local_steps: Annotated[int, typer.Option(help="Steps of the agent in a round.")] = 200,
     seeds: Annotated[int, typer.Option(help="K, the number of directions: a power of two.")] = 4096,
+    numbers: Annotated[str, typer.Option(help="How scalars and changes are written: f32, f16 or f8.")] = "f16",
     tls: Annotated[bool, typer.Option("--tls/--no-tls", help="Encrypt, with certificates made on the spot.")] = True,
     link: Annotated[
         str | None, typer.Option(help="Shape the line: nb-iot, lte-m, 3g, satellite or wifi; needs Linux and root.")
@@ -138,7 +139,7 @@ def bandwidth(
     from tools.bandwidth import BandwidthSettings, measure_bandwidth
     from tools.bandwidth_report import report_text
 
-    settings = BandwidthSettings(out, model, rounds, local_steps, seeds, tls=tls, link=link)
+    settings = BandwidthSettings(out, model, rounds, local_steps, seeds, numbers, tls, link)
     report = measure_bandwidth(settings, _note)
     _tell(msgspec.json.encode(report).decode() if as_json else report_text(report))
 
