@@ -118,7 +118,14 @@ def up(
     _show_ending(operations.up(operations.read_config(config, {}, os.environ)))
 
 
-for command in (owner_cli.status, owner_cli.pause, owner_cli.resume, owner_cli.finish, owner_cli.logs):
+for command in (
+    owner_cli.status,
+    owner_cli.doctor,
+    owner_cli.pause,
+    owner_cli.resume,
+    owner_cli.finish,
+    owner_cli.logs,
+):
     app.command()(command)
 
 

@@ -22,6 +22,11 @@ from edge_client.status import Accepted, AgentStatus, Layers, Measure, ModelStat
 from edge_client.watching.machine import Readings
 from shared.transport import Delivered
 
+_DIED = (
+    "warning: the last life of this agent ended without a word while it was at work: it was killed, the power went, or "
+    "the system wanted its memory. If it is the memory, set memory_mb under [caps], or a higher memory_floor_mb under "
+    "[gate]."
+)
 CHANGED_S, BUSY_S, IDLE_S = 0.5, 10.0, 60.0  # between two of them
 
 
@@ -67,6 +72,8 @@ class Teller(NoTeller):
         self._board, self._limits, self._read, self._say = board, limits, read, say
         self._started_at_ms = started_at_ms
         before = read_status(board)
+        if before is not None and before.state == "working":
+            say(_DIED)
         self._last_accepted = before.last_accepted if before else None
         self._accepted: int | None = None  # of this life
         self._round_trip: tuple[float, int] | None = None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -265,6 +266,20 @@ def test_an_agent_tells_its_life_from_start_to_end(tmp_path: Path) -> None:
     assert names["power"].text == "7.6 W (rail VDD_IN)"
     assert names["temperature"].limit == "limit 85 °C"
     assert last.bytes_today.payload_sent > 0
+
+
+def test_a_life_that_ended_without_a_word_is_noted_by_the_next(tmp_path: Path, capsys: Any) -> None:
+    fleet = small(tmp_path)
+    agent, _ = telling(fleet, tmp_path)
+    fleet.run_until(lambda: steps_of(agent) == 3)
+    fleet.kill("ann")
+    telling(fleet, tmp_path)
+    assert capsys.readouterr().out.startswith(
+        "warning: the last life of this agent ended without a word while it was at"
+    )
+    fleet.run_to_the_end()
+    telling(fleet, tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_round_trip_is_that_of_the_broker(tmp_path: Path) -> None:
