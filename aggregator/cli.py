@@ -53,7 +53,7 @@ def create(
     step: Annotated[str | None, typer.Option(help="Step rule, normalised or plain.")] = None,
     step_rms: Annotated[float | None, typer.Option(help="normalised: RMS change per step [0.001].")] = None,
     lr: Annotated[float | None, typer.Option(help="plain: learning rate.")] = None,
-    server_lr: Annotated[float | None, typer.Option(help="1: average of the devices; their number: sum.")] = None,
+    server_scale: Annotated[str | None, typer.Option(help="Of n devices: mean, sqrt or sum [mean].")] = None,
     algorithm: Annotated[str | None, typer.Option(help="fedkseed or fedkseed-pro.")] = None,
     quorum: Annotated[int | None, typer.Option(help="Close a round at so many updates [2].")] = None,
     min_updates: Annotated[int | None, typer.Option(help="At the deadline, with no fewer [1].")] = None,

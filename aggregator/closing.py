@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from aggregator import algorithms, schedule
 from aggregator.accepted import fingerprint
-from aggregator.algorithms import Contribution, Contributions
+from aggregator.algorithms import Contribution, Contributions, Total
 from aggregator.events import SendReceipt
 from aggregator.next_version import NextVersion, next_version, same_version
 from aggregator.replay import Work, replayed
@@ -136,7 +136,13 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
         drawn_seeds(plan, facts.seeds),
     )
     held_out_loss = _mean(watched.updates, "held_out_loss")
-    fleet = schedule.after_round(state.spec.config, state.fleet, watched.magnitudes, held_out_loss)
+    fleet = schedule.after_round(
+        state.spec.config,
+        state.fleet,
+        watched.magnitudes,
+        held_out_loss,
+        has_first_order=contributions.first_order.devices > 0,
+    )
     return _Combined(version, algorithm_state, fleet, contributions.devices, steps)
 
 
@@ -152,8 +158,10 @@ class _Watched:
     def contributions(self) -> Contributions:
         """In device order."""
         late = self.state.late.values()
-        samples = sum(one.samples for one in self.updates.values()) + sum(one.update.samples for one in late)
-        return Contributions(len(self.updates) + len(late), samples, self._read)
+        updates = [*self.updates.values(), *(one.update for one in late)]
+        forward = Total.of([one.samples for one in updates if one.change is None])
+        first_order = Total.of([one.samples for one in updates if one.change is not None])
+        return Contributions(forward, first_order, self._read)
 
     def _read(self) -> Iterator[Contribution]:
         self.magnitudes.clear()

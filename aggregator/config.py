@@ -6,6 +6,7 @@ struct with other defaults.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from shared.topics import check_id
 
 AlgorithmName = Literal["fedkseed", "fedkseed-pro"]
 Weighting = Literal["samples", "equal"]
+ServerScale = Literal["mean", "sqrt", "sum"]
 LatePolicy = Literal["refuse", "fold"]
 
 EDGE_SECTIONS = ("agent", "budget", "caps", "data", "gate", "kernel", "model")  # of the same file, read by kseed-edge
@@ -63,7 +65,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     # The combination.
     algorithm: AlgorithmName = "fedkseed"
     weighting: Weighting = "samples"
-    server_lr: float = 1.0  # 1: average of the devices' changes; their number: the sum (FedOpt's server rate)
+    server_scale: ServerScale = "mean"  # n forward-only devices: 1, sqrt(n) or n times the average of their changes
     # When a round ends, and who is in it.
     quorum: int = 2  # close as soon as so many updates count
     min_updates: int = 1  # at the deadline, close with no fewer
@@ -113,6 +115,11 @@ class PaperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields
     participation: float = 0.05
 
 
+def server_factor(scale: ServerScale, devices: int) -> float:
+    """What the average of so many devices' changes is multiplied by."""
+    return {"mean": 1.0, "sqrt": math.sqrt(devices), "sum": float(devices)}[scale]
+
+
 def _check_numbers(config: RunConfig) -> None:
     if not is_seed_count(config.seeds):
         raise UserError(f"seeds is {config.seeds}; allowed are the powers of two from 256 to 65536, such as 4096.")
@@ -127,7 +134,6 @@ def _check_numbers(config: RunConfig) -> None:
         "clip": (1e-3, MAX_STEP),
         "decay": (0.0, 0.9999),
         "kept_promise": (0.0, 1.0),
-        "server_lr": (1e-6, MAX_STEP),
         "quorum": (1, MAX_U32),
         "min_updates": (1, MAX_U32),
         "deadline_s": (1e-3, MAX_DEADLINE_S),

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.config import RunConfig
+from aggregator.config import RunConfig, server_factor
 from shared.messages import NormalisedStep, PlainStep, StepRule
 
 SMALLEST_PART, LARGEST_PART = 1.0 / 64, 64.0  # of the first step_rms, which it never leaves
@@ -69,7 +69,14 @@ def horizon(config: RunConfig) -> int:
     return max(1, round(1.0 / (1.0 - config.decay)))
 
 
-def after_round(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], held_out_loss: float | None) -> Fleet:
+def after_round(
+    config: RunConfig,
+    fleet: Fleet,
+    magnitudes: Sequence[Magnitude],
+    held_out_loss: float | None,
+    *,
+    has_first_order: bool = False,
+) -> Fleet:
     """The fleet after a round.
 
     magnitudes: of each device's scalars, in device order. held_out_loss: of the version that the round trained from,
@@ -78,7 +85,7 @@ def after_round(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]
     The mean square is the median over devices of each one's mean square, so that one broken device cannot stop the
     fleet, mixed with the old one by the number of steps behind each. With `kept` the part of the promise that held-out
     loss kept since it was measured last, step_rms is multiplied by sqrt(kept / config.kept_promise), within SHRINK
-    and GROW; it stays where `kept_promise` is 0.
+    and GROW; it stays where `kept_promise` is 0, and where a round had first-order devices, which promise nothing.
     """
     if config.step == "plain":
         return msgspec.structs.replace(fleet, best_loss=_lower(fleet.best_loss, held_out_loss))
@@ -94,6 +101,8 @@ def after_round(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]
             longest = max(SMALLEST_PART * config.step_rms, fleet.step_rms * factor)
             step_rms = min(LARGEST_PART * config.step_rms, longest)
         reference = held_out_loss
+    if has_first_order:
+        promised, reference = 0.0, held_out_loss
     return Fleet(
         step_rms=step_rms,
         mean_square=mean_square,
@@ -109,7 +118,7 @@ def _promised(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], 
     if not magnitudes:
         return 0.0
     steps = sum(one.count for one in magnitudes) / len(magnitudes)
-    return config.server_lr * fleet.step_rms * steps * math.sqrt(mean_square)
+    return server_factor(config.server_scale, len(magnitudes)) * fleet.step_rms * steps * math.sqrt(mean_square)
 
 
 def _mixed(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]) -> tuple[float, int]:

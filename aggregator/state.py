@@ -83,7 +83,8 @@ def remembered(config: RunConfig) -> int:
 def algorithm_of(spec: Spec) -> Algorithm:
     """The run's algorithm."""
     config = spec.config
-    return algorithms.choose(config.algorithm, weighs_samples=config.weighting == "samples", server_lr=config.server_lr)
+    weighs_samples = config.weighting == "samples"
+    return algorithms.choose(config.algorithm, weighs_samples=weighs_samples, server_scale=config.server_scale)
 
 
 def new_state(spec: Spec) -> State:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from aggregator.schedule import Fleet, Magnitude
 from aggregator.spec import Spec, nonce
 from aggregator.store import Store
 from aggregator.verified_change import Version, published
+from aggregator.verified_sums import Kind, Known
 from shared.changes import NOTHING, read_change
 from shared.errors import PeerError
 from shared.messages import Change, Plan, StepRule, Update
@@ -69,6 +71,7 @@ class Fold:
     sums: list[float]  # FedKSeed-Pro: per seed, of |scalar|
     counts: list[int]  # FedKSeed-Pro: observations per seed
     change: Change | None = None  # from the version before
+    known: Known = field(default_factory=Known)
     digests: dict[int, bytes | None] = field(default_factory=dict)  # of the fleet's model, per round
     terms: dict[int, Terms] = field(default_factory=dict)  # per round
     excluded: set[str] = field(default_factory=set)
@@ -91,12 +94,9 @@ class Fold:
         self.digests[number] = right
         if right is None:
             return
-        total_samples, total = self._total(number, right, store)
-        summed = [0.0] * len(self.coefficients)
+        forward, first_order = self._kinds(number, right, store)
         sums, counts, magnitudes, steps, late = list(self.sums), list(self.counts), [], 0, 0
         for device, made_for, update in self._counted(number, right, store):
-            weight = update.samples / total_samples if self.spec.config.weighting == "samples" else 1 / total
-            weight = weight / math.sqrt(1.0 + (number - made_for))
             change: dict[int, float] = {}
             for seed, delta, scalar in self._steps(device, made_for, update):
                 change[seed] = change.get(seed, 0.0) + delta
@@ -104,27 +104,30 @@ class Fold:
                     sums[seed] += min(abs(scalar), SCALAR_CLIP)
                     counts[seed] += 1
                     steps += 1
-            for seed, value in change.items():
-                summed[seed] += weight * value
+            kind = forward if update.change is None else first_order
+            kind.add(self.spec.config, update.samples, number - made_for, change)
             if made_for == number and update.change is None:
                 magnitudes.append(Magnitude.of(scalars_from_bytes(update.scalars, self.spec.facts.scalar_format)))
             late += made_for != number
-        following = self._published(number, summed)
+        known = self.known.after(forward, first_order)
+        following = self._published(number, known.added(self.spec.config, forward, first_order))
         if following is None:
             return  # the round closed without a combination
         self.coefficients, self.carried, self.change = following
-        self.sums, self.counts = sums, counts
-        self.fleet = schedule.after_round(self.spec.config, self.fleet, magnitudes, losses)
-        self.counted, self.late, self.steps = self.counted + total, self.late + late, self.steps + steps
+        self.sums, self.counts, self.known = sums, counts, known
+        has_first_order = first_order.devices > 0
+        config = self.spec.config
+        self.fleet = schedule.after_round(config, self.fleet, magnitudes, losses, has_first_order=has_first_order)
+        self.counted += forward.devices + first_order.devices
+        self.late, self.steps = self.late + late, self.steps + steps
 
-    def _published(self, number: int, summed: list[float]) -> Version | None:
+    def _published(self, number: int, added: list[float]) -> Version | None:
         config, facts = self.spec.config, self.spec.facts
         drawn = None
         if config.common_seeds:
             levels = self.terms[number].levels
             seeds = draw(nonce(self.spec, number), None, config.local_steps, facts.seeds, levels)
             drawn = sorted(set(seeds.tolist()))
-        added = [config.server_lr * value for value in summed]
         return published(self.coefficients, self.carried, added, facts.change_format, drawn)
 
     def _levels(self) -> bytes | None:
@@ -153,12 +156,13 @@ class Fold:
                 losses.append((update.samples, update.held_out_loss))
         return right, _mean(losses)
 
-    def _total(self, number: int, right: bytes, store: Store) -> tuple[int, int]:
-        """Samples and updates that count."""
-        samples = total = 0
+    def _kinds(self, number: int, right: bytes, store: Store) -> tuple[Kind, Kind]:
+        """Forward-only and first-order: how many count, and their samples."""
+        forward, first_order = Kind(len(self.coefficients)), Kind(len(self.coefficients))
         for _, _, update in self._counted(number, right, store):
-            samples, total = samples + update.samples, total + 1
-        return samples, total
+            kind = forward if update.change is None else first_order
+            kind.samples, kind.devices = kind.samples + update.samples, kind.devices + 1
+        return forward, first_order
 
     def _counted(self, number: int, right: bytes, store: Store) -> Iterator[tuple[str, int, Update]]:
         """What is combined in a round: its own updates with the right digest, late ones with that of their round."""
@@ -273,8 +277,8 @@ def _difference(stored: VersionRow, fold: Fold) -> str | None:
         return f"version {stored.version}: the change that leads to it is not what the journal gives"
     if stored.fleet != fold.fleet:
         return f"version {stored.version}: the fleet is {stored.fleet} in the store, the journal gives {fold.fleet}"
-    if stored.algorithm_state and stored.algorithm_state != _packed(fold):
-        return f"version {stored.version}: the significance of the seeds is not what the journal gives"
+    if stored.algorithm_state != _packed(fold):
+        return f"version {stored.version}: what the algorithm remembers is not what the journal gives"
     return _round_difference(stored, fold) if stored.version else None
 
 
@@ -295,7 +299,11 @@ def _round_difference(stored: VersionRow, fold: Fold) -> str | None:
 
 
 def _packed(fold: Fold) -> bytes:
-    return np.array(fold.sums, dtype="<f8").tobytes() + np.array(fold.counts, dtype="<i8").tobytes()
+    known = fold.known
+    head = struct.pack("<dqdq", known.noise, known.noise_rounds, known.agreement, known.agreement_rounds)
+    if fold.spec.config.algorithm == "fedkseed":
+        return head
+    return head + np.array(fold.sums, dtype="<f8").tobytes() + np.array(fold.counts, dtype="<i8").tobytes()
 
 
 def _mean(losses: list[tuple[int, float]]) -> float | None:

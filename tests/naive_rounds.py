@@ -15,6 +15,7 @@ from second_changes import WIDTHS, finite, publish
 from second_changes import read as read_change
 from second_maths import deltas, draw, significance_levels, takes_part
 from second_msgpack import Refused
+from second_worth import combination
 
 POOL = 256
 CODES = {"ACCEPTED": 0, "DUPLICATE": 1, "MALFORMED": 10, "STALE_ROUND": 21, "FUTURE_ROUND": 22, "NOT_SELECTED": 23}
@@ -38,6 +39,7 @@ class NaiveRun:
         self.step_rms, self.mean_square, self.count, self.reference = settings["step_rms"], 0.0, 0, None
         self.promised = 0.0
         self.sums, self.counts = [0.0] * POOL, [1] * POOL
+        self.known = {"noise": 0.5, "noise_rounds": 0, "agreement": 0.0, "agreement_rounds": 0}
 
     # What happens. Each returns the receipts to send, as (device, round, code).
 
@@ -231,8 +233,8 @@ class NaiveRun:
         plans = {one["round"]: one for one in [*self.past, self._work()]}
         updates = {(name, self.round): self.accepted[name] for name in counted} | self.late
         is_by_samples = self.settings["weighting"] == "samples"
-        total = sum(update["samples"] for update in updates.values()) if is_by_samples else len(updates)
-        change, drawn = [0.0] * POOL, []
+        samples = {kind: [u["samples"] for u in updates.values() if (u["change"] is None) == kind] for kind in (1, 0)}
+        kinds, drawn = ([], []), []  # first-order, forward-only: (weight, change)
         for name, made in sorted(updates):
             plan, update = plans[made], updates[name, made]
             own, scalars = [0.0] * POOL, self._scalars(update)
@@ -243,10 +245,12 @@ class NaiveRun:
             _, seeds = draw(self._nonce(made), owner, len(scalars), POOL, plan["levels"])
             for seed, delta in zip(seeds, deltas(plan["rule"], scalars), strict=True):
                 own[seed] += delta
-            weight = (update["samples"] if is_by_samples else 1) / total / math.sqrt(1 + self.round - made)
-            change = [all_ + weight * one for all_, one in zip(change, own, strict=True)]
+            own_kind = samples[update["change"] is None]
+            weight = update["samples"] / sum(own_kind) if is_by_samples else 1 / len(own_kind)
+            kinds[update["change"] is None].append((weight / math.sqrt(1 + self.round - made), own))
             drawn += zip(seeds, scalars, strict=True)
-        total = [self.settings["server_lr"] * d for d in change]
+        known = dict(self.known)
+        total = combination(POOL, known, kinds[1], kinds[0], self.settings["server_scale"])
         common = None
         if self.settings["common_seeds"]:
             _, common = draw(self._nonce(self.round), None, self.settings["local_steps"], POOL, self._levels())
@@ -256,20 +260,25 @@ class NaiveRun:
         if following is None:
             return
         self.coefficients, self.carried, self.change = following
+        self.known = known
         for seed, scalar in drawn:
             self.sums[seed] += min(abs(scalar), 1000.0)
             self.counts[seed] += 1
-        self._learn([self.accepted[name] for name in counted])
+        self._learn([self.accepted[name] for name in counted], bool(kinds[0]))
 
-    def _learn(self, updates):
+    def _learn(self, updates, has_first_order):
         """The normalised rule's next step: the fleet's mean square, and a step that keeps its promises."""
         if self.settings["step"] == "plain":
             return
         scalars = [self._scalars(update) for update in updates if update["change"] is None]
         promise = self._learn_squares(scalars) if scalars else 0.0
         known = [update for update in updates if update["held_out_loss"] is not None]
+        if has_first_order:
+            promise = 0.0
         if not known:
             self.promised += promise
+            if has_first_order:
+                self.promised, self.reference = 0.0, None
             return
         weighed = sum(update["samples"] * Fraction(update["held_out_loss"]) for update in known)
         loss = float(weighed / sum(update["samples"] for update in known))
@@ -288,7 +297,9 @@ class NaiveRun:
         total = self.count + steps
         self.mean_square = self.mean_square * (self.count / total) + median * (steps / total)
         self.count = min(total, max(1, round(1 / (1 - self.settings["decay"]))))
-        return self.settings["server_lr"] * self.step_rms * (steps / len(scalars)) * math.sqrt(self.mean_square)
+        n = len(scalars)
+        factor = {"mean": 1.0, "sqrt": math.sqrt(n), "sum": n}[self.settings["server_scale"]]
+        return factor * self.step_rms * (steps / n) * math.sqrt(self.mean_square)
 
     # What follows from the settings.
 

@@ -29,7 +29,7 @@ configurations = st.fixed_dictionaries(
         "decay": st.sampled_from([0.0, 0.9]),
         "algorithm": st.sampled_from(["fedkseed", "fedkseed-pro"]),
         "weighting": st.sampled_from(["samples", "equal"]),
-        "server_lr": st.sampled_from([1.0, 3.0, 1e6]),
+        "server_scale": st.sampled_from(["mean", "sqrt", "sum"]),
         "common_seeds": st.booleans(),
         "evaluate_every": st.integers(0, 2),
         "deadline_s": st.just(60.0),

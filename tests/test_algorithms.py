@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +15,12 @@ from aggregator.algorithms import (
     FedKSeed,
     FedKSeedPro,
     Significance,
+    State,
     choose,
     pack,
     unpack,
 )
-from aggregator.config import RunConfig
+from aggregator.config import RunConfig, ServerScale
 from aggregator.schedule import Fleet, Magnitude, after_round, horizon, start, step_rule
 from shared.errors import UserError
 from shared.messages import NormalisedStep, PlainStep
@@ -41,15 +43,16 @@ B = contribution("b", 1, [1, 1], [4.0, 4.0])  # changes by (0, -8, 0): a seed dr
 
 def test_changes_are_weighted_by_samples() -> None:
     assert combined(FedKSeed(), A, B) == [-0.75, -3.5, 0.0]  # 3/4 of A's, 1/4 of B's
-    assert FedKSeed().apply(None, Contributions.of([A, B]), 3)[2] == 4  # steps
+    assert FedKSeed().apply(State(), Contributions.of([A, B]), 3)[2] == 4  # steps
 
 
 def test_changes_weigh_the_same_where_the_run_says_equal() -> None:
     assert combined(FedKSeed(weighs_samples=False), A, B) == [-0.5, -5.0, 0.0]
 
 
-def test_server_rate_of_the_number_of_devices_gives_the_sum() -> None:
-    assert combined(FedKSeed(weighs_samples=False, server_lr=2.0), A, B) == [-1.0, -10.0, 0.0]
+@pytest.mark.parametrize(("scale", "wanted"), [("mean", -5.0), ("sqrt", -5.0 * math.sqrt(2)), ("sum", -10.0)])
+def test_the_server_scale_goes_from_the_average_to_the_sum(scale: ServerScale, wanted: float) -> None:
+    assert combined(FedKSeed(weighs_samples=False, server_scale=scale), A, B)[1] == wanted
 
 
 def test_the_order_of_arrival_does_not_change_a_bit() -> None:
@@ -71,7 +74,9 @@ def test_devices_are_summed_in_the_order_of_their_ids() -> None:
 
 def test_the_sum_is_formed_in_float64() -> None:
     tiny = [contribution(f"d{i}", 1, [0], [-g]) for i, g in enumerate((1.0, 2.0**-40, 2.0**-40))]
-    assert combined(FedKSeed(weighs_samples=False, server_lr=3.0), *tiny)[0] == pytest.approx(1 + 2.0**-39, abs=1e-15)
+    assert combined(FedKSeed(weighs_samples=False, server_scale="sum"), *tiny)[0] == pytest.approx(
+        1 + 2.0**-39, abs=1e-15
+    )
 
 
 def test_a_late_update_counts_less_and_the_others_no_more() -> None:
@@ -95,7 +100,7 @@ def test_pro_remembers_the_mean_magnitude_per_seed_as_the_authors_do() -> None:
     state, after, _ = pro.apply(pro.init(3), Contributions.of([A, B]), 3)
     assert after.tolist() == combined(FedKSeed(), A, B)
     # One observation of 0 per seed at the start: seed 0 has (0, 1), seed 1 (0, 2, 4, 4), seed 2 (0).
-    assert state == Significance(np.array([1.0, 10.0, 0.0]), np.array([2, 4, 1]))
+    assert state.significance == Significance(np.array([1.0, 10.0, 0.0]), np.array([2, 4, 1]))
     # Means 0.5, 2.5, 0 -> min-max 0.2, 1, 0 -> levels of 255.
     assert pro.levels(state) == bytes([51, 255, 0])
 
@@ -118,8 +123,8 @@ def test_pro_starts_uniform_and_an_unseen_seed_is_the_least_likely() -> None:
 def test_pro_clips_what_it_remembers() -> None:
     pro = FedKSeedPro(FedKSeed())
     state, _, _ = pro.apply(pro.init(3), Contributions.of([contribution("a", 1, [0], [-5000.0])]), 3)
-    assert isinstance(state, Significance)
-    assert state.sums.tolist() == [1000.0, 0.0, 0.0]
+    assert state.significance is not None
+    assert state.significance.sums.tolist() == [1000.0, 0.0, 0.0]
 
 
 def test_pro_does_not_touch_the_state_it_was_given() -> None:
@@ -131,13 +136,13 @@ def test_pro_does_not_touch_the_state_it_was_given() -> None:
 
 @pytest.mark.parametrize("name", ["fedkseed", "fedkseed-pro"])
 def test_an_algorithm_state_survives_the_store(name: str) -> None:
-    algorithm = choose(name, weighs_samples=True, server_lr=1.0)
+    algorithm = choose(name, weighs_samples=True, server_scale="mean")
     state, _, _ = algorithm.apply(algorithm.init(3), Contributions.of([A, B]), 3)
     assert unpack(pack(state), 3) == state
 
 
 def test_a_cut_algorithm_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="15 bytes of algorithm state; allowed: 48"):
+    with pytest.raises(ValueError, match="15 bytes of algorithm state; allowed: 32 or 80"):
         unpack(bytes(15), 3)
 
 
@@ -196,7 +201,7 @@ def test_promises_add_up_until_a_loss_is_measured() -> None:
 
 
 def test_the_sum_of_devices_promises_as_much_as_they_do_together() -> None:
-    config = RunConfig(step="normalised", step_rms=0.5, decay=0.75, server_lr=2.0, kept_promise=0.25)
+    config = RunConfig(step="normalised", step_rms=0.5, decay=0.75, server_scale="sum", kept_promise=0.25)
     fleet = after_round(config, start(config), [squares(1, 1), squares(1, 1)], 3.0)
     assert fleet.promised == 2.0
 

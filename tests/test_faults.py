@@ -28,7 +28,7 @@ CONFIG = RunConfig(
     lr=0.02,
     quorum=3,
     deadline_s=20.0,
-    server_lr=1.5,
+    server_scale="sum",
 )
 DEVICES = ("ann", "bob", "charly")
 FIVE = (Fault.DROP, Fault.DUPLICATE, Fault.REORDER, Fault.DELAY, Fault.VANISH)
@@ -62,7 +62,7 @@ def fold(fleet: SmallFleet) -> np.ndarray:
             for seed, g in zip(seeds, scalars, strict=True):
                 change[seed] += np.float32(-config.lr * float(g))
             combined += updates[device].samples / total * change
-        wanted = carried.astype(np.float64) + config.server_lr * combined
+        wanted = carried.astype(np.float64) + len(updates) * combined
         after = np.where(combined != 0, a + wanted.astype(np.float32), a)
         a, carried = after, (wanted - (after.astype(np.float64) - a)).astype(np.float32)
     return a

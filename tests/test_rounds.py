@@ -640,9 +640,9 @@ def test_votes(digests: Any, excluded: Any, reference: Any, counted: Any) -> Non
 
 
 def test_a_combination_that_overflows_changes_nothing_and_says_so() -> None:
-    first = opened(lr=1.0, server_lr=10.0, quorum=1)
+    first = opened(lr=1.0, server_scale="sum", common_seeds=True)
     huge = update_of(scalars=scalars_to_bytes([3e38], "f32"))
-    state, actions = step(first, arrival("a", huge))
+    state, actions = after(first, arrival("a", huge), arrival("b", huge))
     assert state.progress.round == 1
     assert state.coefficients == first.coefficients
     assert report_in(actions).outcome == "not finite"

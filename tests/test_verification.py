@@ -62,7 +62,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"algorithm": "fedkseed-pro"},
     {"step": "normalised", "step_rms": 0.125, "late": "fold"},
     {"step": "normalised", "algorithm": "fedkseed-pro", "late": "fold", "max_staleness": 3},
-    {"late": "fold", "weighting": "equal", "server_lr": 2.0, "common_seeds": True},
+    {"late": "fold", "weighting": "equal", "server_scale": "sqrt", "common_seeds": True},
     {"change_format": "f16", "common_seeds": True},
     {"change_format": "f8", "late": "fold"},
 ]
@@ -150,17 +150,18 @@ def test_a_changed_significance_is_found(tmp_path: Path) -> None:
         play(store, *story())
         store._do("UPDATE versions SET algorithm_state = zeroblob(4096) WHERE version = 2")
         difference = verify(store, "night").difference
-        assert difference == "version 2: the significance of the seeds is not what the journal gives"
+        assert difference == "version 2: what the algorithm remembers is not what the journal gives"
 
 
 def test_a_combination_past_float32_changes_nothing_in_the_fold_either(tmp_path: Path) -> None:
     with Store.open(tmp_path / "s", may_create=True) as store:
-        store.create(spec_of(rounds=3, server_lr=1e6, quorum=1), START_MS)
+        store.create(spec_of(rounds=3, lr=1.0, quorum=2, server_scale="sum", common_seeds=True), START_MS)
         huge = update_of(1, scalars=scalars_to_bytes(np.array([3e38], np.float32), "f32"))
-        play(store, Begin(START_MS), arrival("a", update(0, 1)), arrival("a", huge), arrival("a", update(2, 1)))
+        rounds = (update(0, 1), huge, update(2, 1))
+        play(store, Begin(START_MS), *(arrival(device, one) for one in rounds for device in "ab"))
         assert [report.outcome for report, _ in store.reports("night")] == ["combined", "not finite", "combined"]
         found = verify(store, "night")
-        assert (found.difference, found.versions, found.counted) == (None, 4, 2)
+        assert (found.difference, found.versions, found.counted) == (None, 4, 4)
 
 
 def test_a_run_that_never_began_verifies(tmp_path: Path) -> None:
