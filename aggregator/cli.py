@@ -40,7 +40,9 @@ def create(
     context: typer.Context,
     name: Name,
     base: Annotated[Path, typer.Option(help="What `kseed manifest` wrote about the base model.")],
-    preset: Annotated[str, typer.Option(help="Defaults: 'default', or 'paper' as FedKSeed was published.")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="Defaults: default, upper (for such a base), paper (FedKSeed).")
+    ] = "default",
     config: ConfigFile = None,
     store: StoreFile = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [the base file's].")] = None,

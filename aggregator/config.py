@@ -61,7 +61,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     step_rms: float = 1e-3  # normalised: RMS change of a weight per step, at the start
     clip: float = 3.0  # normalised: in running RMS of the scalars
     decay: float = 0.99  # normalised: of the running mean square, per step
-    kept_promise: float = 0.4  # normalised: part of the fall that scalars promise; step_rms is steered to keep it; 0: off
+    kept_promise: float = 0.4  # normalised: step_rms is steered until this part of the promised fall comes; 0: never
     # The combination.
     algorithm: AlgorithmName = "fedkseed"
     weighting: Weighting = "samples"
@@ -98,6 +98,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         if self.devices and self.quorum > len(self.devices):
             raise UserError(f"quorum is {self.quorum}, but devices names only {len(self.devices)}; lower quorum.")
+
+
+class UpperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Defaults for a base of `kseed manifest --scope upper`: that part of a model bears longer steps (scopes)."""
+
+    eps: float = 2e-3
+    step_rms: float = 4e-3
 
 
 class PaperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,14 +161,21 @@ class CreateConfig(msgspec.Struct, frozen=True):
     run: RunConfig = RunConfig()
 
 
+class UpperCreateConfig(msgspec.Struct, frozen=True):
+    """What `create --preset upper` reads."""
+
+    run: UpperRunConfig = UpperRunConfig()
+
+
 class PaperCreateConfig(msgspec.Struct, frozen=True):
     """What `create --preset paper` reads."""
 
     run: PaperRunConfig = PaperRunConfig()
 
 
-PRESETS: dict[str, type[CreateConfig] | type[PaperCreateConfig]] = {
+PRESETS: dict[str, type[CreateConfig] | type[UpperCreateConfig] | type[PaperCreateConfig]] = {
     "default": CreateConfig,
+    "upper": UpperCreateConfig,
     "paper": PaperCreateConfig,
 }
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from aggregator.config import RunConfig, server_factor
 from shared.messages import NormalisedStep, PlainStep, StepRule
 
-SMALLEST_PART, LARGEST_PART = 1.0 / 64, 64.0  # of the first step_rms, which it never leaves
+SMALLEST_PART, LARGEST_PART = 1.0 / 64, 2.0  # of the first step_rms, which it never leaves
 SHRINK, GROW = 0.5, 1.2  # the most that one round changes step_rms by; too short a step costs less than too long a one
 
 

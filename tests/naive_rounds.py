@@ -286,7 +286,7 @@ class NaiveRun:
             kept = max(0.0, self.reference - loss) / self.promised
             factor = min(1.2, max(0.5, math.sqrt(kept / self.settings["kept_promise"])))
             first = self.settings["step_rms"]
-            self.step_rms = min(64 * first, max(first / 64, self.step_rms * factor))
+            self.step_rms = min(2 * first, max(first / 64, self.step_rms * factor))
         self.reference, self.promised = loss, promise
 
     def _learn_squares(self, scalars):

@@ -215,8 +215,8 @@ def test_a_promise_of_zero_leaves_the_step_alone() -> None:
 def test_the_step_never_leaves_its_range() -> None:
     fleet = Fleet(step_rms=0.5 / 64, reference_loss=1.0, promised=1.0)
     assert after_round(NORMALISED, fleet, [squares(1)], 9.0).step_rms == 0.5 / 64
-    fleet = Fleet(step_rms=0.5 * 64, reference_loss=9.0, promised=1.0)
-    assert after_round(NORMALISED, fleet, [squares(1)], 1.0).step_rms == 0.5 * 64
+    fleet = Fleet(step_rms=0.5 * 2, reference_loss=9.0, promised=1.0)
+    assert after_round(NORMALISED, fleet, [squares(1)], 1.0).step_rms == 0.5 * 2
 
 
 def test_a_round_without_losses_keeps_the_step() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import UserError
 from tools import bench, bench_aggregator
-from tools.bench import BenchResult, Measured
+from tools.bench import Asked, BenchResult, Measured
 from tools.bench_feed import Sizes
 
 
@@ -37,5 +37,10 @@ def test_a_table_says_median_spread_goal_and_machine() -> None:
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no benchmark 'speed'; allowed are .*aggregator"):
-        bench.bench("speed", True, tmp_path / "x")
+        bench.bench("speed", Asked(True, tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_all_stands_for_every_benchmark_and_a_name_for_itself() -> None:
+    assert bench.chosen("all") == tuple(bench.BENCHES)
+    assert bench.chosen("step") == ("step",)

@@ -20,6 +20,7 @@ class Asked:
     quick: bool
     folder: Path  # for its files
     model: str | None = None  # hub id, folder or GGUF file; the demo's model if None
+    data: Path | None = None  # a file to learn from; the demo's if None
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,25 @@ def aggregator(asked: Asked) -> BenchResult:
     return bench_aggregator(asked.quick, asked.folder)
 
 
+def learning(asked: Asked) -> BenchResult:
+    """Loss after the same number of forward passes, against plain ZO-SGD at the best of a grid of rates."""
+    from tools.bench_learning import bench_learning
+
+    return bench_learning(asked)
+
+
 def memory(asked: Asked) -> BenchResult:
     """Peak memory of a zeroth-order step against plain inference."""
     from tools.bench_memory import bench_memory
 
     return bench_memory(asked)
+
+
+def packed(asked: Asked) -> BenchResult:
+    """Memory and time of a step in nf4 against inference of the same model by bitsandbytes."""
+    from tools.bench_packed import bench_packed
+
+    return bench_packed(asked)
 
 
 def rebuild(asked: Asked) -> BenchResult:
@@ -105,21 +120,30 @@ def wire(asked: Asked) -> BenchResult:
     return bench_wire(asked)
 
 
+ALL = "all"
 BENCHES: dict[str, Callable[[Asked], BenchResult]] = {
     "aggregator": aggregator,
+    "learning": learning,
     "memory": memory,
+    "packed": packed,
     "rebuild": rebuild,
     "step": step,
     "wire": wire,
 }
 
 
-def bench(name: str, quick: bool, folder: Path, model: str | None = None) -> BenchResult:
-    """Run one benchmark; its files go to `folder`. Raises UserError for an unknown name."""
-    if name not in BENCHES:
-        raise UserError(f"there is no benchmark {name!r}; allowed are {', '.join(sorted(BENCHES))}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return BENCHES[name](Asked(quick, folder, model))
+def chosen(name: str) -> tuple[str, ...]:
+    """The benchmarks that `name` stands for: itself, or every one for `all`. Raises UserError for an unknown name."""
+    if name != ALL and name not in BENCHES:
+        raise UserError(f"there is no benchmark {name!r}; allowed are {ALL}, {', '.join(sorted(BENCHES))}.")
+    return tuple(BENCHES) if name == ALL else (name,)
+
+
+def bench(name: str, asked: Asked) -> BenchResult:
+    """Run one benchmark. Raises UserError for an unknown name."""
+    (only,) = chosen(name)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    return BENCHES[only](asked)
 
 
 def machine() -> str:

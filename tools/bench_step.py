@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tools.bench import Asked, BenchResult, Measured, load, machine
 
@@ -167,13 +167,13 @@ def model_of(asked: Asked) -> str:
     return asked.model or str(fetch_model(lambda line: print(line, file=sys.stderr)))
 
 
-def in_process(module: str, *arguments: str) -> dict[str, list[list[float]]]:
+def in_process(module: str, *arguments: str) -> dict[str, Any]:
     """The JSON that `python -m module arguments` prints, run where this checkout or install can be imported."""
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    facts: dict[str, list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 
 

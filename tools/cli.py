@@ -49,11 +49,14 @@ def manifest(
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("base.json"),
     dtype: Annotated[Dtype, typer.Option(help="Type of the tuned weights on every device.")] = "bf16",
     name: Annotated[str | None, typer.Option(help="The model's name in the run; MODEL if not given.")] = None,
+    scope: Annotated[
+        Literal["all", "upper"], typer.Option(help="What the run tunes: all weights, or the upper third and the head.")
+    ] = "all",
 ) -> None:
     """Write what a run starts from: the model's name, tensors and digests, for `kseed-aggregator create`."""
     from tools.manifest import write_manifest
 
-    print(write_manifest(model, dtype, output, name=name or model))
+    print(write_manifest(model, dtype, output, name=name or model, scope=scope))
 
 
 @app.command()
@@ -201,7 +204,7 @@ def vectors(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which: aggregator, memory, rebuild, step, wire.")],
+    name: Annotated[str, typer.Argument(help="Which: aggregator, learning, memory, packed, rebuild, step, wire; or all.")],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for its files; it must be on the disk to measure.")] = Path(
         "kseed-bench"
@@ -209,18 +212,23 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or GGUF file to measure with; the demo's model if not given.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    data: Annotated[Path | None, typer.Option(help="A file to learn from; the demo's remarks if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs: a list.")] = False,
 ) -> None:
     """Measure a part of kseed against its goals, with the baseline in the same run."""
+    import json
+
+    from tools.bench import Asked, chosen
     from tools.bench import bench as run
 
-    result = run(name, quick, out, model)
+    facts = []
+    for one in chosen(name):
+        result = run(one, Asked(quick, out, model, data))
+        facts.append(result.facts())
+        if not as_json:
+            _tell(result.table())
     if as_json:
-        import json
-
-        _tell(json.dumps(result.facts(), indent=2))
-    else:
-        _tell(result.table())
+        _tell(json.dumps(facts, indent=2))
 
 
 def main() -> None:

@@ -1,0 +1,158 @@
+"""`kseed bench learning`: what a run learns from the same number of forward passes, against plain ZO-SGD.
+
+The baseline is MeZO's and FedKSeed's rule on all weights, `a[k] -= lr * g`, with each rate of a small grid; the best
+counts. kseed's recipe has no rate: a normalised step that is steered by held-out loss, on the upper third of the
+layers (`edge_client.scopes`). Both are run configurations, learn from the same examples by the same code
+(`tools.bench_learning_fleet`), and are judged on examples that no device has. A forward pass is that of one batch;
+those of held-out evaluations count too. Then fleets: what 1 and 4 devices reach in a round, averaged and added up.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from aggregator.config import RunConfig, UpperRunConfig
+from edge_client.scopes import Scope
+from tools.bench import Asked, BenchResult, Measured, load, machine
+from tools.bench_step import in_process, model_of
+
+STEPS = 20  # local steps of a round
+FLEET_STEPS = 5
+PLAIN_RATES = (1e-5, 3e-5, 1e-4)  # FedKSeed's 3e-7 and MeZO's 1e-6 hardly move a model of 135 M weights
+RECIPE = "recipe"
+GOAL = "<= 0.33"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of learning."""
+
+    name: str
+    config: RunConfig
+    scope: Scope = "all"
+    devices: int = 1
+    rounds: int | None = None  # None: as many as the forwards pay for
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    seeds: int
+    forwards: float  # of each run
+    every: float  # forwards between two points of a curve
+    judged: int  # examples
+    held_out: int  # examples, of each device
+    rates: tuple[float, ...]
+    fleets: tuple[int, ...]
+    fleet_rounds: int
+
+
+FULL = Sizes(3, forwards=300, every=50, judged=60, held_out=24, rates=PLAIN_RATES, fleets=(1, 4), fleet_rounds=6)
+QUICK = Sizes(1, forwards=20, every=10, judged=16, held_out=8, rates=(3e-5,), fleets=(), fleet_rounds=0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one arm reached with one seed: points of (forwards, loss, accuracy)."""
+
+    arm: str
+    seed: int
+    points: tuple[tuple[float, float, float | None], ...]
+
+    @property
+    def loss(self) -> float:
+        """At the end, nats per token."""
+        return self.points[-1][1]
+
+    def forwards_to(self, loss: float) -> float:
+        """Forwards until `loss` was reached, between points by a straight line; infinite where it never was."""
+        for (start, above, _), (end, below, _) in pairwise(self.points):
+            if below <= loss:
+                return start + (end - start) * min(1.0, max(0.0, (above - loss) / max(above - below, 1e-12)))
+        return float("inf")
+
+
+def recipe(steps: int = STEPS, **more: float) -> RunConfig:
+    """kseed's recipe: the preset for the upper third, with rounds of so many steps."""
+    return UpperRunConfig(local_steps=steps, **more)  # type: ignore[arg-type]
+
+
+def arms(sizes: Sizes) -> list[Arm]:
+    """All that is compared at equal forwards: plain ZO-SGD at each rate, then the recipe."""
+    plain = [
+        Arm(f"plain, lr {rate:g}", RunConfig(local_steps=STEPS, step="plain", lr=rate, eps=1e-3, evaluate_every=0))
+        for rate in sizes.rates
+    ]
+    return [*plain, Arm(RECIPE, recipe(), "upper")]
+
+
+def fleets(sizes: Sizes) -> list[Arm]:
+    """The same work per device and round for fleets of several sizes, averaged and added up."""
+    found = []
+    for devices in sizes.fleets:
+        for name, server_lr in (("mean", 1.0), ("sum", float(devices))):
+            if devices > 1 or name == "sum":
+                config = recipe(FLEET_STEPS, server_lr=server_lr, batch_size=4, evaluate_every=0)
+                found.append(Arm(f"{devices} devices, {name}", config, "upper", devices, sizes.fleet_rounds))
+    return found
+
+
+def bench_learning(asked: Asked) -> BenchResult:
+    """See the module; writes learning.jsonl and learning.png to the folder."""
+    from tools.bench_learning_plot import plot_curves
+
+    source, data = model_of(asked), "" if asked.data is None else str(asked.data)
+    facts = in_process("tools.bench_learning", source, data, "quick" if asked.quick else "full")
+    curves = [Curve(str(one[0]), int(one[1]), tuple(map(tuple, one[2]))) for one in facts["curves"]]
+    lines = "".join(json.dumps(asdict(curve)) + "\n" for curve in curves)
+    (asked.folder / "learning.jsonl").write_text(lines, encoding="utf-8")
+    plot_curves(asked.folder / "learning.png", curves)
+    return BenchResult("learning", tuple(rows_of(curves)), machine(), load())
+
+
+def rows_of(curves: Sequence[Curve]) -> Iterator[Measured]:
+    """The loss of each arm, accuracies, and the forwards that the recipe needs for what the best plain rate reached."""
+    by_arm: dict[str, list[Curve]] = {}
+    for curve in curves:
+        by_arm.setdefault(curve.arm, []).append(curve)
+    for name, found in by_arm.items():
+        forwards = statistics.median(curve.points[-1][0] for curve in found)
+        start = statistics.median(curve.points[0][1] for curve in found)
+        baseline = f"untuned: {start:.3f}"
+        yield Measured(f"{name}: loss at {forwards:.0f} forwards", "nats", tuple(c.loss for c in found), "", baseline)
+        accuracies = tuple(accuracy for curve in found if (accuracy := curve.points[-1][2]) is not None)
+        if accuracies:
+            yield Measured(f"{name}: accuracy then", "", accuracies)
+    plain = {name: found for name, found in by_arm.items() if name.startswith("plain")}
+    best = min(plain, key=lambda name: statistics.median(curve.loss for curve in plain[name]))
+    pairs = zip(by_arm[RECIPE], plain[best], strict=True)
+    parts = tuple(ours.forwards_to(theirs.loss) / theirs.points[-1][0] for ours, theirs in pairs)
+    yield Measured("forwards of the recipe to the loss of the best plain, / its own", "x", parts, GOAL, f"{best}")
+
+
+def _main(source: str, data: str, how: str) -> None:
+    from edge_client.threads import sleep_while_waiting
+
+    sleep_while_waiting()  # as agents do
+    from tools.bench_learning_data import LearningBench
+
+    sizes = QUICK if how == "quick" else FULL
+    found = []
+    for seed in range(1, sizes.seeds + 1):
+        for arm in [*arms(sizes), *(fleets(sizes) if seed == 1 else [])]:
+            bench = LearningBench(source, Path(data) if data else None, arm.scope, seed, sizes.judged)
+            points = bench.curve(arm.config, arm.devices, sizes.held_out, arm.rounds, sizes.forwards, sizes.every)
+            print(f"{arm.name}, seed {seed}: loss {points[-1][1]:.3f}", file=sys.stderr, flush=True)
+            found.append([arm.name, seed, points])
+    print(json.dumps({"curves": found}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:4])
