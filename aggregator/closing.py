@@ -263,10 +263,16 @@ def _diverged(state: State, verdict: Verdict, device: str) -> SendReceipt:
     return SendReceipt(device, Receipt(state.progress.round, int(Refusal.DIVERGED), detail))
 
 
+def _late_lost(state: State) -> str:
+    """Late updates that the round took in: their devices were told ACCEPTED, and have nothing to mend."""
+    lost = ", ".join(f"{device} (round {made_for})" for device, made_for in sorted(state.late))
+    return f"; nor do the late updates count of {lost}" if lost else ""
+
+
 def _notes(state: State, verdict: Verdict, outcome: Outcome, detail: str) -> tuple[str, ...]:
     number = state.progress.round
     if outcome != "combined":
-        return (f"round {number}: nothing combined: {detail}",)
+        return (f"round {number}: nothing combined: {detail}{_late_lost(state)}",)
     assert verdict.reference is not None
     before = state.progress.excluded_devices
     notes = [

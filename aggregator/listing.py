@@ -74,7 +74,7 @@ def run(store: Store, name: str, as_json: bool, last: int) -> str:
         "",
         _rounds_table(rounds[-last:]),
         "",
-        _devices_table(devices, present),
+        _devices_table(devices, present, is_served=glance["is_served"]),
     ]
     if notes:
         lines += ["", *(f"{_time(at_ms)}  {text}" for at_ms, text in notes)]
@@ -120,12 +120,16 @@ def _rounds_table(rounds: Sequence[tuple[RoundReport, Traffic | None]]) -> str:
     return _table(head, rows)
 
 
-def _devices_table(devices: Sequence[DeviceRow], present: Mapping[str, Seen]) -> str:
-    """Those that sent something and those that are there; the others never took part."""
+def _devices_table(devices: Sequence[DeviceRow], present: Mapping[str, Seen], *, is_served: bool) -> str:
+    """Those that sent something and those that are there; the others never took part.
+
+    Where nobody serves the run, nobody hears who leaves.
+    """
     known = {one.device: one for one in devices}
     names = sorted(set(known) | {seen.device for seen in present.values() if seen.is_online})
     if not names:
         return "no update yet, nobody online"
+    presence = _presence if is_served else _last_presence
     head = ("DEVICE", "UPDATES", "LAST ROUND", "LAST UPDATE", "UPDATE B", "PRESENCE")
     rows = []
     for name in names:
@@ -133,7 +137,9 @@ def _devices_table(devices: Sequence[DeviceRow], present: Mapping[str, Seen]) ->
         sent = ("0", "-", "-", "0")
         if one is not None:
             sent = (str(one.updates), str(one.last_round), _time(one.last_received_at_ms), str(one.update_bytes))
-        rows.append((name, *sent, _presence(present.get(name))))
+        rows.append((name, *sent, presence(present.get(name))))
+    if not is_served:
+        return f"nobody listens, so who is online is not known\n{_table(head, rows)}"
     online = [seen for seen in present.values() if seen.is_online]
     at_work = sum(not seen.note for seen in online)
     return f"devices online: {len(online)}, at work: {at_work}\n{_table(head, rows)}"
@@ -146,6 +152,12 @@ def _presence(seen: Seen | None) -> str:
     if not seen.is_online:
         return f"offline since {_time(seen.heard_at_ms)}"
     return f"online, {seen.note}" if seen.note else "online, at work"
+
+
+def _last_presence(seen: Seen | None) -> str:
+    if seen is None or not seen.is_online:
+        return _presence(seen)
+    return f"online when last heard, {_time(seen.heard_at_ms)}"
 
 
 def _sent(traffic: Traffic | None) -> str:

@@ -179,6 +179,8 @@ class Agent:
         if self.state.pause is not None:
             self._tally.paused_s += now_s - self._last_turn_s
         self._last_turn_s = now_s
+        if self._outbox is not None:
+            self._outbox.retry(now_s)
         self._feed(Tick(now_s, self._clock.unix_ms()))
 
     def _hear(self, event: TransportEvent) -> None:

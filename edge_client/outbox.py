@@ -16,6 +16,7 @@ from shared.messages import Update
 from shared.wire import decode, encode
 
 KIND = "kseed update 1"
+RETRY_S = 10.0
 
 
 class Outbox:
@@ -26,6 +27,8 @@ class Outbox:
         self._owner = owner
         self._say = say
         self._disk = disk or Disk()
+        self._unwritten: Kept | None = None
+        self._retry_s = 0.0
 
     def read(self) -> Kept | None:
         """What an earlier life of this agent left. A file that cannot be used is set aside, in a line."""
@@ -48,18 +51,36 @@ class Outbox:
 
     def keep(self, kept: Kept) -> None:
         """Write the update down for good, before it is sent."""
-        payload = encode(kept.update).hex()
-        data = sealed(self._owner, KIND, round=kept.update.round, nonce=kept.nonce.hex(), payload=payload)
+        self._unwritten = None
         try:
-            write_whole(self._disk, self._path, data)
+            self._write(kept)
         except OSError as error:
+            self._unwritten = kept
             self._say(
                 f"warning: the update of round {kept.update.round} cannot be written to {self._path}: "
                 f"{error.strerror}. It is sent from memory, and lost if this agent ends before its receipt."
             )
 
+    def retry(self, now_s: float) -> None:
+        """Write down what the disk refused before; it may have room again. now_s: monotonic."""
+        if self._unwritten is None or now_s < self._retry_s:
+            return
+        self._retry_s = now_s + RETRY_S
+        try:
+            self._write(self._unwritten)
+        except OSError:
+            return  # said before
+        self._say(f"the update of round {self._unwritten.update.round} is written to {self._path} now")
+        self._unwritten = None
+
+    def _write(self, kept: Kept) -> None:
+        payload = encode(kept.update).hex()
+        data = sealed(self._owner, KIND, round=kept.update.round, nonce=kept.nonce.hex(), payload=payload)
+        write_whole(self._disk, self._path, data)
+
     def forget(self) -> None:
         """The round of the update is over, or a receipt has settled it."""
+        self._unwritten = None
         try:
             self._disk.remove(self._path)
         except OSError as error:  # the next plan shows that it is old

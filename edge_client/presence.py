@@ -43,10 +43,18 @@ def on_presence(state: State, heard: Presence) -> Step:
 
 
 def _restate(state: State, heard: Presence) -> Step:
-    """Announce what is true if `heard`, the newest on the topic, is not; unless the truth is on its way behind it."""
+    """Announce what is true if `heard`, the newest on the topic, is not; unless the truth is on its way behind it.
+
+    At once the first time, later ones `restate_s` apart: who writes there without end gets no answer to each.
+    """
     if heard == presence(state, online=True):
         return replace(state, link=replace(state.link, must_announce=False)), ()
-    return (state, ()) if state.link.is_announcing else announce(state)
+    link = state.link
+    if link.is_announcing or state.now_s < link.restated_s:  # the answer is on its way, or will be
+        return state, ()
+    if state.now_s < (due_s := link.restated_s + state.identity.limits.restate_s):
+        return replace(state, link=replace(link, must_announce=True, announce_s=due_s, restated_s=due_s)), ()
+    return announce(replace(state, link=replace(link, restated_s=state.now_s)))
 
 
 def taken(state: State, evidence: str) -> Finish:

@@ -21,6 +21,7 @@ class Limits:
     refetch_s: float = 20.0  # first repetition of the request for a snapshot; doubles
     refetch_max_s: float = 640.0
     greeting_s: float = 5.0  # for what is retained to arrive after a connection
+    restate_s: float = 5.0  # between two answers to somebody who says something else of this device
     overdue_s: float = 30.0  # past the deadline without a word: ask for the plan again; doubles
     overdue_max_s: float = 3600.0
     conclude_share: float = 0.9  # of the time to the deadline; then a slow device sends what it has
@@ -106,6 +107,7 @@ class Link:
     is_announcing: bool = False  # a presence is given to the transport, which repeats it until the broker has it
     must_announce: bool = False  # another one is to follow
     announce_s: float = 0.0  # at the latest then
+    restated_s: float = float("-inf")  # when somebody else's word on the topic was, or will be, answered
 
 
 @dataclass(frozen=True)

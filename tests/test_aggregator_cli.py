@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from aggregator import cli
+from aggregator.attendance import Seen
 from aggregator.cli import _broker_flags
 from aggregator.events import Begin
 from aggregator.lock import RunLock
@@ -168,6 +170,19 @@ def test_show_prints_json_for_programs(shell: Shell) -> None:
     assert [device["device"] for device in facts["devices"]] == ["a", "b"]
     assert facts["update_bytes"] == sum(device["update_bytes"] for device in facts["devices"]) > 0
     assert json.loads(shell("list", "--json")[1])[0]["run"] == "night"
+
+
+def test_who_is_online_is_known_only_while_somebody_listens(shell: Shell) -> None:
+    shell.create("night")
+    with Store.open(shell.store, may_write=True) as store:
+        store.keep_presences("night", [Seen("ann", True, "", "kseed", 1_700_000_000_000)])
+    lock = RunLock.take(shell.store, "night")
+    out = shell("show", "night")[1]
+    assert "devices online: 1, at work: 1" in out
+    lock.release()
+    out = shell("show", "night")[1]
+    assert "nobody listens, so who is online is not known" in out
+    assert re.search(r"^ann .*online when last heard, 2023-11-1", out, re.MULTILINE)
 
 
 def test_an_empty_store_is_said_to_be_empty(shell: Shell) -> None:

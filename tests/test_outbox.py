@@ -27,7 +27,7 @@ from edge_client.events import (
     Tick,
     Trained,
 )
-from edge_client.outbox import Outbox
+from edge_client.outbox import RETRY_S, Outbox
 from edge_client.state import Sending, Settled, Waiting, waiting
 from edge_client.state_files import MAX_FILE_BYTES, Disk, Owner, default_folder
 from shared.faults import Fault, Faults, Hop, Strike
@@ -146,6 +146,38 @@ def test_on_a_full_disk_the_file_before_stays_whole_and_the_agent_says_what_it_d
         "It is sent from memory, and lost if this agent ends before its receipt."
     ]
     assert outbox.read() == KEPT
+
+
+class DiskThatIsFullFor(Disk):
+    """So many writes fail, then there is room again."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def write(self, file: int, data: bytes) -> None:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(file, data)
+
+
+def test_what_the_disk_refused_is_written_once_it_has_room_again(tmp_path):
+    outbox, lines = outbox_in(tmp_path, DiskThatIsFullFor(2))
+    outbox.keep(KEPT)
+    outbox.retry(0.0)  # still full
+    outbox.retry(RETRY_S - 0.1)  # not yet again
+    assert outbox.read() is None
+    outbox.retry(RETRY_S)
+    assert outbox.read() == KEPT
+    assert lines[1:] == [f"the update of round 3 is written to {file_in(tmp_path)} now"]
+
+
+def test_what_is_settled_is_not_written_later(tmp_path):
+    outbox, _ = outbox_in(tmp_path, DiskThatIsFullFor(1))
+    outbox.keep(KEPT)
+    outbox.forget()
+    outbox.retry(RETRY_S)
+    assert outbox.read() is None
 
 
 def test_each_platform_has_its_own_place(monkeypatch):
@@ -327,6 +359,19 @@ def test_full_disk_under_the_outbox_does_not_stop_the_training(tmp_path):
     fleet.run_to_the_end()
     assert len(lines) == 2
     assert np.array_equal(fleet.coefficients, calm.coefficients)
+
+
+def test_an_agent_tries_again_to_write_its_update_while_it_waits_for_the_receipt(tmp_path):
+    fleet = SmallFleet(tmp_path, RunConfig(**ONE_ROUND))
+    outbox, lines = outbox_in(tmp_path / "state", DiskThatIsFullFor(1))
+    agent = fleet.join("ann", outbox=outbox)
+    fleet.run_until(lambda: bool(agent.state.plan))
+    fleet.network.kill("aggregator")  # and nobody sends a receipt
+    while not lines:
+        agent.run_once(0.0)
+    agent.run_once(0.0)
+    assert lines[-1].endswith(" now")
+    assert outbox.read() == waiting(agent.state)
 
 
 def test_bytes_are_the_same_after_the_way_over_the_disk(tmp_path):

@@ -21,6 +21,7 @@ from shared.refusals import Refusal
 from shared.seeds import draw, takes_part
 from shared.wire import scalars_to_bytes
 from tests.runs import FLEET_MODEL, START_MS, after, arrival, opened, spec_of, update_of
+from tests.test_rounds import notes, receipts
 
 OTHER_MODEL = b"o" * 16
 
@@ -136,6 +137,15 @@ def test_a_late_update_must_agree_with_the_fleet_of_its_own_round() -> None:
     code, detail = answer(in_round(1), "c", round_number=0, model_digest=OTHER_MODEL)
     assert code is Refusal.DIVERGED
     assert detail == f"round 0: your model was {OTHER_MODEL.hex()}, the fleet's {FLEET_MODEL.hex()}"
+
+
+def test_a_round_without_agreement_says_which_late_updates_it_loses() -> None:
+    state = step(in_round(1), arrival("c", update_of(0))).state
+    split = [arrival("a", update_of(1)), arrival("b", update_of(1, model_digest=OTHER_MODEL))]
+    actions = after(state, *split).actions
+    assert [device for device, code in receipts(actions) if code is Refusal.DIVERGED] == ["a", "b"]
+    assert "nothing combined" in notes(actions)
+    assert "nor do the late updates count of c (round 0)" in notes(actions)
 
 
 def test_a_late_update_of_a_round_without_agreement_is_refused() -> None:

@@ -775,6 +775,20 @@ def test_presence_of_a_predecessor_that_died_is_taken_over_in_silence():
     assert again == Publish(PRESENCE_TOPIC, session.presence(driven.state, online=True), retain=True)
 
 
+def test_who_contradicts_without_end_is_answered_now_and_then():
+    driven = Driven().joined()
+    others = session.presence(driven.state, online=False)
+    answers: list[Action] = []
+    for tenth in range(1, 101):
+        answers += only(driven.on(Tick(100.0 + tenth / 10, 0)), Publish)
+        answers += driven.on(Taken("presence"))
+        answers += driven.hear(others)
+    assert set(answers) == {ONLINE}
+    assert len(answers) == 2  # at once, and after five seconds, in ten
+    driven.hear(session.presence(driven.state, online=True))
+    assert not only(driven.on(Taken("presence"), Tick(200.0, 0)), Publish)
+
+
 def test_own_will_that_comes_late_is_contradicted():
     driven = Driven().joined()
     (again,) = driven.hear(session.presence(driven.state, online=False))
