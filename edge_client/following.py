@@ -209,7 +209,7 @@ def pursue(state: State) -> Step:
     plan = state.plan
     if state.model != "ready" or plan is None or not isinstance(state.work, (Waiting, Fetching)):
         return state, ()
-    if state.pause is not None or plan.phase == "paused" or state.is_leaving:
+    if state.pause is not None or plan.phase == "paused":
         return state, ()
     if plan.phase == "open" and not _is_selected(state, plan):
         text = f"round {plan.round}: this device is not selected; waiting for the next round"

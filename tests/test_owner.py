@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from edge_client import logbook, owner
 from edge_client.agent import Agent
 from edge_client.board import LOG, Board, Life
+from edge_client.events import Abandon, Finish, GateChanged, LeaveAfterRound, LoadModel, Rebuild, Say, Subscribe
 from edge_client.logbook import Logbook
 from edge_client.policy import Limits, Wish
+from edge_client.state import Limits as SessionLimits
 from edge_client.status import Accepted, AgentStatus, Layers, Seen, StateName, duration, lines
 from edge_client.telling import Teller, read_status, tell_failure
 from edge_client.watching.machine import Machine
@@ -25,6 +28,7 @@ from tests.small_fleet import SmallFleet
 from tests.sysfs.machines import jetson_orin_6
 from tests.test_agent import said, small, steps_of
 from tests.test_machine_faults import fill, tiny_disk
+from tests.test_session import IDENTITY, NEXT, PLAN, RUN, Driven
 
 __all__ = ["tiny_disk"]  # a fixture
 
@@ -215,6 +219,8 @@ def test_a_status_shows_everything_people_ask_for() -> None:
 def test_a_status_for_programs_says_what_was_found_too() -> None:
     told = json.loads(Seen(status_of(), True, 3, "/state").as_json())
     assert (told["is_running"], told["is_silent"], told["age_s"], told["state"]) == (True, False, 3.0, "waiting")
+    assert json.loads(Seen(status_of(), True, 700, "/state").as_json())["is_silent"]
+    assert not json.loads(Seen(status_of(), False, 700, "/state").as_json())["is_silent"]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +272,19 @@ def test_an_agent_tells_its_life_from_start_to_end(tmp_path: Path) -> None:
     assert names["power"].text == "7.6 W (rail VDD_IN)"
     assert names["temperature"].limit == "limit 85 °C"
     assert last.bytes_today.payload_sent > 0
+
+
+def test_the_last_round_accepted_keeps_its_time(tmp_path: Path) -> None:
+    fleet = small(tmp_path, local_steps=300, deadline_s=1e6)
+    agent, board = telling(fleet, tmp_path)
+    fleet.run_until(lambda: agent.state.accepted == 0)
+    fleet.turn()
+    at_ms = fleet.unix_ms()
+    for _ in range(300):
+        fleet.turn()
+    accepted = told(board).last_accepted
+    assert told(board).written_at_ms > at_ms + 1000
+    assert accepted is not None and accepted.round == 0 and accepted.at_ms <= at_ms
 
 
 def test_a_life_that_ended_without_a_word_is_noted_by_the_next(tmp_path: Path, capsys: Any) -> None:
@@ -324,6 +343,29 @@ def test_finish_with_nothing_under_way_leaves_at_once(tmp_path: Path) -> None:
     board.want(Wish("finish", 0.0))
     fleet.turn()
     assert agent.ending is not None and agent.ending.text == "left run 'demo'"
+
+
+def test_a_round_that_ends_without_this_device_ends_the_wait_too() -> None:
+    device = Driven().training()
+    assert device.on(LeaveAfterRound(True)) == [Say("leaving when the round under way is finished and sent")]
+    assert device.on(LeaveAfterRound(True)) == []
+    actions = device.hear(NEXT)
+    assert Abandon() in actions
+    assert isinstance(actions[-1], Finish)
+    assert not any(isinstance(action, (Rebuild, Subscribe)) for action in actions)
+
+
+def test_a_run_that_is_over_is_waited_for_without_a_model_where_the_agent_stays() -> None:
+    over = msgspec.structs.replace(PLAN, phase="finished", reason="all rounds are done")
+    device = Driven(replace(IDENTITY, limits=SessionLimits(waits_after_end=True))).joined()
+    (said,) = device.hear(over)
+    assert isinstance(said, Say) and said.text.endswith(
+        "is finished at version 3: all rounds are done; waiting for it to go on"
+    )
+    assert device.on(GateChanged("hot"))[0] == Say("paused: hot")
+    assert device.on(GateChanged(None))[0] == Say("working again")
+    actions = device.hear(msgspec.structs.replace(over, phase="open", published_at_ms=2_000_000))
+    assert LoadModel(RUN) in actions
 
 
 def test_finish_can_be_taken_back(tmp_path: Path) -> None:
