@@ -104,7 +104,7 @@ class UpperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """Defaults for a base of `kseed manifest --scope upper`: that part of a model bears longer steps (scopes)."""
 
     eps: float = 2e-3
-    step_rms: float = 4e-3
+    step_rms: float = 6e-3
 
 
 class PaperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -45,9 +45,9 @@ def test_the_same_seed_learns_the_same(folder: Path) -> None:
 
 def test_a_sum_goes_as_many_times_as_far_as_a_mean_as_there_are_devices(folder: Path) -> None:
     moved = []
-    for server_lr in (1.0, 2.0):
+    for scale in ("mean", "sum"):
         on = LearningBench(str(folder), None, "all", seed=1, judged=4)
-        config = msgspec.structs.replace(ONE, quorum=2, min_updates=2, server_lr=server_lr, weighting="equal")
+        config = msgspec.structs.replace(ONE, quorum=2, min_updates=2, server_scale=scale, weighting="equal")
         list(learn(on.bench, config, dealt(on.rows, 4, 2, None), key=1, forwards=1, every=99))
         moved.append(on.bench.overlay.coefficients)
     assert np.count_nonzero(moved[0]) == 4  # two steps of two devices

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from aggregator.config import RunConfig, UpperRunConfig
+from aggregator.config import RunConfig, ServerScale, UpperRunConfig
 from edge_client.scopes import Scope
 from tools.bench import Asked, BenchResult, Measured, load, machine
 from tools.bench_step import in_process, model_of
@@ -79,28 +79,23 @@ class Curve:
         return float("inf")
 
 
-def recipe(steps: int = STEPS, **more: float) -> RunConfig:
-    """kseed's recipe: the preset for the upper third, with rounds of so many steps."""
-    return UpperRunConfig(local_steps=steps, **more)  # type: ignore[arg-type]
-
-
 def arms(sizes: Sizes) -> list[Arm]:
     """All that is compared at equal forwards: plain ZO-SGD at each rate, then the recipe."""
     plain = [
         Arm(f"plain, lr {rate:g}", RunConfig(local_steps=STEPS, step="plain", lr=rate, eps=1e-3, evaluate_every=0))
         for rate in sizes.rates
     ]
-    return [*plain, Arm(RECIPE, recipe(), "upper")]
+    return [*plain, Arm(RECIPE, UpperRunConfig(local_steps=STEPS), "upper")]
 
 
 def fleets(sizes: Sizes) -> list[Arm]:
     """The same work per device and round for fleets of several sizes, averaged and added up."""
     found = []
     for devices in sizes.fleets:
-        for name, server_lr in (("mean", 1.0), ("sum", float(devices))):
-            if devices > 1 or name == "sum":
-                config = recipe(FLEET_STEPS, server_lr=server_lr, batch_size=4, evaluate_every=0)
-                found.append(Arm(f"{devices} devices, {name}", config, "upper", devices, sizes.fleet_rounds))
+        scales: tuple[ServerScale, ...] = ("mean", "sqrt", "sum") if devices > 1 else ("sum",)
+        for scale in scales:
+            config = UpperRunConfig(local_steps=FLEET_STEPS, server_scale=scale, batch_size=4, evaluate_every=0)
+            found.append(Arm(f"{devices} devices, {scale}", config, "upper", devices, sizes.fleet_rounds))
     return found
 
 
