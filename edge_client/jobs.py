@@ -12,12 +12,12 @@ from shared.messages import Plan, Run
 
 @dataclass(frozen=True)
 class StepReport:
-    """Local step `step` (from 1) of `steps` is done; `loss` is (L+ + L-) / 2, nats per token."""
+    """Local step `step` (from 1) of `steps` is done; `loss` is (L+ + L-) / 2, or that before it, nats per token."""
 
     step: int
     steps: int
     loss: float
-    scalar: float  # as it travels
+    scalar: float | None  # as it travels; None of a step along the exact gradient
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class KeptSteps:
         """Keep what was done; progress within an evaluation is nothing to keep."""
         if self._file is None or (isinstance(report, HeldOutReport) and report.loss is None):
             return
+        if isinstance(report, StepReport) and report.scalar is None:
+            return  # of exact gradients, which keep their own (`first_order_kept`)
         try:
             self._disk.write(self._file, self._record(report))
             if self._now_s() - self._synced_s >= SYNC_S:
@@ -183,9 +185,13 @@ class ResumingTrainer:
             self._kept.close()
 
     def _work(self, plan: Plan, model_digest: bytes) -> bytes:
-        """All that the steps depend on. What an amended plan of the same round may change is not among it."""
-        same = msgspec.structs.replace(
-            plan, phase="open", participation=Everyone(), published_at_ms=0, deadline_s=1.0, reason="", change=None
-        )
-        parts = (encode(self._run), encode(same), model_digest, self._data_digest, self._agent.encode())
-        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+        return work_of(self._run, plan, model_digest, self._data_digest, self._agent)
+
+
+def work_of(run: Run, plan: Plan, model_digest: bytes, data_digest: bytes, agent: str) -> bytes:
+    """A digest of all that a round's steps depend on, but not of what an amended plan of the same round may change."""
+    same = msgspec.structs.replace(
+        plan, phase="open", participation=Everyone(), published_at_ms=0, deadline_s=1.0, reason="", change=None
+    )
+    parts = (encode(run), encode(same), model_digest, data_digest, agent.encode())
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

@@ -103,7 +103,7 @@ def _with_lora(model: PreTrainedModel, rank: int) -> Any:
     tuned = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
-    model.enable_input_require_grads()
+    model.enable_input_require_grads()  # type: ignore[no-untyped-call]
     return tuned
 
 
@@ -113,12 +113,12 @@ def _backprop(model: PreTrainedModel, tuned: Any, batch: Batch) -> Callable[[], 
 
     from edge_client.loss import token_losses
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     model.train()
     chosen = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-6)
 
     def step() -> None:
-        token_losses(model, batch).mean().backward()
+        token_losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
         chosen.step()
         chosen.zero_grad(set_to_none=True)
 
