@@ -30,6 +30,7 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     begin: int
+    stored_bytes: int
 
     @property
     def elements(self) -> int:
@@ -79,7 +80,7 @@ def _tensors_of(file: Path) -> dict[str, Stored]:
 
 def _stored(file: Path, entry: Any, data_begin: int, file_bytes: int) -> Stored:
     begin, end = entry["data_offsets"]
-    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data_begin + begin)
+    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
     expected = ITEM_BYTES.get(stored.dtype, 0) * stored.elements
     if begin < 0 or data_begin + end > file_bytes or (expected and end - begin != expected):
         raise ValueError(f"a tensor {list(stored.shape)} of {stored.dtype} lies at {begin} to {end}")

@@ -55,6 +55,9 @@ def join(
     load_in: Annotated[
         str | None, typer.Option(help="4bit or 8bit packs the linear layers; unpacked, auto [auto].")
     ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="loaded into memory, streamed from disk, or auto: what fits [auto].")
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="auto, instruction, chat, label or question [auto].")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt with {field} in it [the shape's own].")] = None,
     chat_template: Annotated[
@@ -174,6 +177,7 @@ _SETTINGS = {
     "connect_timeout": "agent.connect_timeout_s",
     "model": "model.source",
     "load_in": "model.load_in",
+    "form": "model.form",
     "torch_device": "model.device",
     "kernel": "kernel.name",
     "threads": "kernel.threads",

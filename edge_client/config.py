@@ -49,6 +49,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     device: str = "cpu"  # of torch: cpu, cuda, cuda:1, mps
     # 4bit, 8bit: linear layers stay packed (bitsandbytes); unpacked: never; auto: as the checkpoint has them
     load_in: Literal["auto", "4bit", "8bit", "unpacked"] = "auto"
+    # loaded: weights in memory; streamed: read from their files in every step; auto: what fits, loaded if it does
+    form: Literal["auto", "loaded", "streamed"] = "auto"
 
 
 class KernelConfig(msgspec.Struct, frozen=True):

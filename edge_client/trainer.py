@@ -16,12 +16,14 @@ from edge_client.data.task import Task, load_task
 from edge_client.estimator import Probe, local_steps
 from edge_client.evaluate import Evaluation, evaluation_steps
 from edge_client.events import Evaluated, ModelReady, Trained, TrainingFailed
+from edge_client.fit import Form, fit_of
 from edge_client.jobs import HeldOutReport, Job, Report, StepReport
 from edge_client.kernels import choose
 from edge_client.loss import labelled_loss
 from edge_client.model import LoadedModel, load_model
 from edge_client.overlay import Overlay
 from edge_client.shortage import Portions, must_fit, release
+from edge_client.streamed import load_streamed
 from shared.errors import UserError
 from shared.manifest import Manifest
 from shared.messages import Plan, Run, Update
@@ -62,7 +64,23 @@ class ModelTrainer:
 
     def _load_model(self, run: Run) -> LoadedModel:
         model = self._model
-        return load_model(model.source or run.model, run.dtype, model.device, load_in=model.load_in, say=self._say)
+        source, form = model.source or run.model, model.form
+        if form == "auto":
+            form = self._fitting(source, run)
+        if form == "streamed":
+            return load_streamed(source, run.dtype, model.device)
+        return load_model(source, run.dtype, model.device, load_in=model.load_in, say=self._say)
+
+    def _fitting(self, source: str, run: Run) -> Form:
+        """The form of the model that fits into the memory there is, before it is loaded."""
+        model, length = self._model, self._data.max_length
+        found = fit_of(source, run.dtype, model.device, load_in=model.load_in, max_length=length)
+        if found is None:
+            return "loaded"
+        self._say(f"model: {found.why}")
+        self._portions.at_once = found.at_once
+        self._evaluated.at_once = min(found.at_once, EVALUATED_AT_ONCE)
+        return found.form
 
     def _load_all(self, run: Run) -> ModelReady:
         if self._kernel.threads:

@@ -86,12 +86,16 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_memory_is_compared_with_inference_whole_and_beyond_the_imports() -> None:
-    peaks = {"inference": [Peak(100.0, 300.0)], "numba": [Peak(150.0, 450.0)], "torch": [Peak(100.0, 310.0)]}
+    peaks = {
+        "inference": [Peak(100.0, 300.0)], "numba": [Peak(150.0, 450.0)], "torch": [Peak(100.0, 310.0)],
+        "streamed": [Peak(150.0, 250.0)],
+    }  # fmt: skip
     rows = {row.what: row for row in bench_memory.rows_of(peaks)}  # type: ignore[arg-type]
     assert rows["step, numba kernel / plain inference"].values == (1.5,)
     assert rows["step, numba kernel / plain inference, beyond imports"].values == (1.5,)
     assert rows["step, torch kernel / plain inference, beyond imports"].values == (1.05,)
     assert rows["step, torch kernel / plain inference"].goal == "<= 1.05"
+    assert rows["step, weights streamed from disk / plain inference, beyond imports"].values == (0.5,)
 
 
 def test_the_memory_benchmark_is_refused_where_peaks_cannot_be_read(

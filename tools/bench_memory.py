@@ -18,7 +18,7 @@ from shared.errors import UserError
 from tools.bench import Asked, BenchResult, Measured, load, machine
 from tools.bench_step import batch_of, forwards_of, in_process, model_of, overlay_of, step_of
 
-Way = Literal["inference", "numba", "torch"]  # or a step, on that kernel
+Way = Literal["inference", "numba", "torch", "streamed"]  # or a step: on that kernel, or with weights left on disk
 _STEPS = 3
 
 
@@ -53,10 +53,13 @@ def rows_of(peaks: dict[Way, list[Peak]]) -> list[Measured]:
         Measured("plain inference, peak", "MB", tuple(peak.peak_mb for peak in plain)),
         Measured("plain inference, imports alone", "MB", tuple(peak.imports_mb for peak in plain)),
     ]
-    kernels: tuple[Way, ...] = ("numba", "torch")
-    for kernel in kernels:
-        kept = peaks[kernel]
-        name = f"step, {kernel} kernel"
+    names: dict[Way, str] = {
+        "numba": "step, numba kernel",
+        "torch": "step, torch kernel",
+        "streamed": "step, weights streamed from disk",
+    }
+    for way, name in names.items():
+        kept = peaks[way]
         ratios = tuple(peak.peak_mb / whole for peak in kept)
         grown = tuple((peak.peak_mb - peak.imports_mb) / beyond for peak in kept)
         rows += [
@@ -72,14 +75,15 @@ def measured(source: str, way: Way) -> Peak:
     """Load `source` and work, in this process, which should have done nothing else before."""
     from edge_client.kernels import choose
     from edge_client.model import load_model
+    from edge_client.streamed import load_streamed
 
-    import_everything = choose("cpu", "torch" if way == "inference" else way)
+    kernel = choose("cpu", "torch" if way == "inference" else "numba" if way == "streamed" else way).kernel
     imports_mb = status_mb("VmRSS")
-    model = load_model(source, "bf16").model
+    model = (load_streamed if way == "streamed" else load_model)(source, "bf16").model
     batch = batch_of(int(model.config.vocab_size))
     work = forwards_of(model, batch, 2)
     if way != "inference":
-        work = step_of(model, overlay_of(model, import_everything.kernel.name), batch)
+        work = step_of(model, overlay_of(model, kernel.name), batch)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes what is held now
     for _ in range(_STEPS):
         work()
