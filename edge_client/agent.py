@@ -302,9 +302,11 @@ class Agent:
             self._screen.say(f"warning: {error}")
 
     def _tell(self) -> None:
-        today, unix_ms = self._ledger.today(), self._clock.unix_ms()
-        view = View(self.state, self._report, today, self._energy_j(), self._tally.digest, self.ending, unix_ms)
-        self._teller.tell(view)
+        bytes_today, budget = self._ledger.today(), self._ledger.day_bytes
+        now, digest = self._clock.unix_ms(), self._tally.digest
+        self._teller.tell(
+            View(self.state, self._report, bytes_today, budget, self._energy_j(), digest, self.ending, now)
+        )
 
     def _status(self) -> Status:
         plan = self.state.plan

@@ -62,6 +62,11 @@ class Ledger:
         self._has_joined = False
         self._read()
 
+    @property
+    def day_bytes(self) -> int:
+        """What the owner allows per day; 0: no limit."""
+        return self._limits.day_bytes
+
     def today(self) -> Layers:
         """All layers so far; what crosses midnight counts for the new day."""
         traffic, day = self._transport.traffic(), f"{self._now():%Y-%m-%d}"

@@ -94,6 +94,7 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     round_trip_s: float | None = None
     round_trip_at_ms: int | None = None
     bytes_today: Layers
+    budget_bytes: int = 0  # of a day; 0: no limit
     energy_j: float | None = None  # since it started
     model: ModelStatus | None = None
     readings: tuple[Measure, ...] = ()
@@ -136,7 +137,7 @@ def lines(seen: Seen) -> list[str]:
     rows.append(("queue", "; ".join(status.queue) or "nothing waits for a receipt"))
     rows += [
         ("broker", _broker_text(status, now_ms) if seen.is_alive else status.broker),
-        ("today", _traffic_text(status.bytes_today)),
+        ("today", _traffic_text(status.bytes_today, status.budget_bytes)),
     ]
     if status.energy_j is not None:
         rows.append(("energy", f"{status.energy_j:.0f} J since it started"))
@@ -184,13 +185,14 @@ def _broker_text(status: AgentStatus, now_ms: float) -> str:
     return f"{text}, answers in {status.round_trip_s * 1000:.3g} ms (measured {ago} ago)"
 
 
-def _traffic_text(layers: Layers) -> str:
+def _traffic_text(layers: Layers, budget_bytes: int) -> str:
     pairs = (
         ("payload", layers.payload_sent, layers.payload_received),
         ("MQTT", layers.mqtt_sent, layers.mqtt_received),
         ("TCP/IP with TLS", layers.ip_sent, layers.ip_received),
     )
-    return "; ".join(f"{name} {_bytes(up)} up, {_bytes(down)} down" for name, up, down in pairs)
+    budget = f"; the day's budget is {byte_text(budget_bytes)}" if budget_bytes else ""
+    return "; ".join(f"{name} {_bytes(up)} up, {_bytes(down)} down" for name, up, down in pairs) + budget
 
 
 def _bytes(count: int | None) -> str:

@@ -37,6 +37,7 @@ class View:
     state: State
     report: Report | None
     bytes_today: Layers
+    budget_bytes: int  # of a day; 0: no limit
     energy_j: float | None
     digest: bytes | None  # of the model that was rebuilt in this round
     ending: Finish | None
@@ -134,6 +135,7 @@ class Teller(NoTeller):
             round_trip_s=self._round_trip[0] if self._round_trip else None,
             round_trip_at_ms=self._round_trip[1] if self._round_trip else None,
             bytes_today=view.bytes_today,
+            budget_bytes=view.budget_bytes,
             energy_j=view.energy_j,
             model=self._model(state),
             readings=measures(self._read(state.now_s), self._limits),

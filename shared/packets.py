@@ -7,7 +7,7 @@ bytes of seven bits, the rest (MQTT 5.0, section 2.1). Pure: no I/O.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from functools import lru_cache
 
 from shared.topics import parse_topic
 from shared.transport import KindBytes
@@ -39,36 +39,50 @@ class PacketStream:
     def __init__(self, *, is_v5: bool) -> None:
         self._is_v5 = is_v5
         self._pending = bytearray()
+        self._wanted = 2  # with fewer bytes there is nothing to find
 
     @property
     def pending_bytes(self) -> int:
         """What there is of a packet that is not whole."""
         return len(self._pending)
 
-    def take(self, data: bytes) -> Iterator[tuple[str, int, int]]:
+    def take(self, data: bytes) -> list[tuple[str, int, int]]:
         """Each packet that `data` completes: kind, bytes of its payload (0 but for PUBLISH), bytes of all of it."""
+        found: list[tuple[str, int, int]] = []
         self._pending += data
-        while (header := _variable_int(self._pending, 1)) is not None:
+        while len(self._pending) >= self._wanted:
+            header = _variable_int(self._pending, 1)
+            if header is None:
+                self._wanted = len(self._pending) + 1
+                break
             length, start = header
-            if len(self._pending) < start + length:
-                return
-            packet = self._pending[: start + length]
-            del self._pending[: start + length]
-            kind, payload_bytes = self._describe(packet, start)
-            yield kind, payload_bytes, len(packet)
+            self._wanted = start + length
+            if len(self._pending) < self._wanted:
+                break
+            packet = self._pending[: self._wanted]
+            del self._pending[: self._wanted]
+            self._wanted = 2
+            found.append((*self._describe(packet, start), len(packet)))
+        return found
 
     def _describe(self, packet: bytearray, start: int) -> tuple[str, int]:
         """Kind and bytes of payload of a whole packet; `start`: where its rest begins."""
         if packet[0] >> 4 != _PUBLISH:
             return _NAMES.get(packet[0] >> 4, BROKEN), 0
         at = start + 2 + int.from_bytes(packet[start : start + 2], "big")
-        topic = parse_topic(packet[start + 2 : at].decode("utf-8", "replace"))
+        kind = _kind_of(bytes(packet[start + 2 : at]))
         if packet[0] & 0x06:  # QoS 1 and 2 have a packet id
             at += 2
         if self._is_v5:
             properties = _variable_int(packet, at)
             at = sum(properties) if properties is not None else len(packet)
-        return topic.kind if topic is not None else FOREIGN, max(0, len(packet) - at)
+        return kind, max(0, len(packet) - at)
+
+
+@lru_cache(maxsize=4096)  # a server hears the same devices again and again
+def _kind_of(topic: bytes) -> str:
+    parsed = parse_topic(topic.decode("utf-8", "replace"))
+    return parsed.kind if parsed is not None else FOREIGN
 
 
 def _variable_int(data: bytearray, at: int) -> tuple[int, int] | None:

@@ -199,6 +199,7 @@ def test_a_status_shows_everything_people_ask_for() -> None:
         round_trip_s=0.0123,
         round_trip_at_ms=round(NOW_S * 1000) - 5000,
         bytes_today=Layers("2026-11-20", 1234, 20_000, 1500, 21_000, None, None),
+        budget_bytes=200_000,
         energy_j=312.4,
     )
     shown = "\n".join(lines(Seen(status, True, 3, "/state")))
@@ -209,7 +210,8 @@ def test_a_status_shows_everything_people_ask_for() -> None:
         "round 11, 4 min ago",
         "the update of round 12 (800 bytes of scalars) has no receipt yet",
         "b.example.org:8883, connected for 2 h 1 min, answers in 12.3 ms (measured 8 s ago)",
-        "payload 1.2 kB up, 20.0 kB down; MQTT 1.5 kB up, 21.0 kB down; TCP/IP with TLS unknown up, unknown down",
+        "payload 1.2 kB up, 20.0 kB down; MQTT 1.5 kB up, 21.0 kB down; TCP/IP with TLS unknown up, unknown down"
+        "; the day's budget is 200 kB",
         "312 J since it started",
         "3 s ago, in /state",
     ):
