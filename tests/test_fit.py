@@ -17,6 +17,7 @@ from edge_client import fit
 from edge_client.fit import Size, Work, fit_of, fitting, need, proposal, size_of
 from edge_client.watching.reading import MB
 from shared.errors import UserError
+from tools.fit import propose
 
 SMALL = Size(
     weights=135 * MB, matrices=106 * MB, hidden=576, wide=1536, vocabulary=49152, is_packed=False,
@@ -142,3 +143,14 @@ def test_the_prediction_is_near_the_peak_of_a_real_step(form: fit.Form, tmp_path
     way = "numba" if form == "loaded" else "streamed"
     ((imports_mb, peak_mb),) = in_process("tools.bench_memory", str(tmp_path), way)["peak"]
     assert predicted == pytest.approx(peak_mb - imports_mb, rel=0.3)
+
+
+def test_the_creator_of_a_run_is_told_what_to_ask_for(tmp_path: Path) -> None:
+    folder = str(save_tiny(tmp_path))
+    said = propose(folder, 400.0, max_length=64, batch=4)
+    assert said.startswith("dtype bf16, loaded, 4 of 4 sequences at once; scope all, because ")
+    assert "= 2" in said and said.endswith("400 MB are free (as given)")
+    with pytest.raises(UserError, match="no form of the model fits into 100 MB"):
+        propose(folder, 100.0, max_length=64, batch=4)
+    with pytest.raises(UserError, match=r"its size is unknown\. Give the folder"):
+        propose(str(tmp_path / "nowhere"), None, max_length=64, batch=4)

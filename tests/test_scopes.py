@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from overlays import POOL_KEY, SEEDS, random_coefficients
-from tiny_models import tiny_ids, tiny_model, tiny_tokenizer
+from tiny_models import CONFIGS, tiny_ids, tiny_model, tiny_tokenizer
 
 from edge_client.model import load_model
 from edge_client.overlay import Overlay
-from edge_client.scopes import names_in
+from edge_client.scopes import Scope, names_in
 from edge_client.tuned import select
 from shared.delta import Delta, write_delta
 from shared.errors import UserError
@@ -40,6 +41,29 @@ def test_each_stack_has_an_upper_third_of_its_own() -> None:
 def test_the_first_number_of_a_name_is_its_layer_and_not_its_expert() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{expert}.weight" for layer in range(2) for expert in range(4)]
     assert upper(names) == names[4:]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_modules_are_known_by_their_names(name: str) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in select(tiny_model(name)).manifest.tensors}
+    parts: tuple[Scope, ...] = ("attention", "mlp", "norms")
+    attention, mlp, norms = (names_in(part, list(shapes)) for part in parts)
+    assert attention and mlp and norms and not (attention & mlp or attention & norms or mlp & norms)
+    rest = shapes.keys() - attention - mlp - norms
+    assert all(re.search(r"embed|lm_head|wte|wpe|project_(in|out)", left) for left in rest), rest
+    assert all(len(shapes[norm]) == 1 for norm in norms)
+    assert all(re.search(r"attn\.", tensor) for tensor in attention)
+    assert all(re.search(r"mlp|fc[12]|moe", tensor) for tensor in mlp)
+
+
+def test_a_norm_of_an_attention_is_a_norm() -> None:
+    names = ["layers.0.self_attn.q_norm.weight", "layers.0.self_attn_layer_norm.bias", "layers.0.self_attn.q.weight"]
+    assert names_in("norms", names) == set(names[:2]) and names_in("attention", names) == {names[2]}
+
+
+def test_a_part_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match="scope is 'mlp', but no module of the model is named as one; tune all of it"):
+        names_in("mlp", ["mixer.weight"])
 
 
 def test_all_is_all() -> None:

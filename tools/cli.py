@@ -15,7 +15,7 @@ from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
 
 app = typer.Typer(
-    help="Tools of kseed: demo, quantise, manifest, export, generate, fetch-model, bandwidth, bench, soak, vectors.",
+    help="Tools: demo, fit, quantise, manifest, export, generate, fetch-model, bandwidth, bench, soak, vectors.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -50,7 +50,8 @@ def manifest(
     dtype: Annotated[Dtype, typer.Option(help="Type of the tuned weights on every device.")] = "bf16",
     name: Annotated[str | None, typer.Option(help="The model's name in the run; MODEL if not given.")] = None,
     scope: Annotated[
-        Literal["all", "upper"], typer.Option(help="What the run tunes: all weights, or the upper third and the head.")
+        Literal["all", "upper", "attention", "mlp", "norms"],
+        typer.Option(help="What the run tunes: all weights, the upper third and the head, or modules of one kind."),
     ] = "all",
 ) -> None:
     """Write what a run starts from: the model's name, tensors and digests, for `kseed-aggregator create`."""
@@ -71,6 +72,21 @@ def quantise(
     from tools.quantise import quantise as run
 
     print(run(model, output, width=load_in, kind=kind, dtype=dtype))
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A folder with safetensors files, or a hub id in the local cache.")],
+    memory_mb: Annotated[
+        float | None, typer.Option(help="Free memory of the smallest device, MB [this machine's].")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt and response together.", min=2)] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 8,
+) -> None:
+    """Propose dtype, packing, batch and scope of a run by what fits into a device's memory, with the arithmetic."""
+    from tools.fit import propose
+
+    print(propose(model, memory_mb, max_length=max_length, batch=batch))
 
 
 @app.command()
@@ -204,7 +220,9 @@ def vectors(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which: aggregator, learning, memory, packed, rebuild, step, wire; or all.")],
+    name: Annotated[
+        str, typer.Argument(help="Which: aggregator, learning, memory, packed, rebuild, step, wire; or all.")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for its files; it must be on the disk to measure.")] = Path(
         "kseed-bench"
