@@ -53,9 +53,7 @@ def width_of(config: Any) -> Width | None:
 def why_not(device: torch.device) -> str | None:
     """Why bitsandbytes cannot be used on `device`; None if it can. Its kernels are tried: an import says little."""
     try:
-        with _without_the_hub():
-            import bitsandbytes.functional as functional
-
+        functional = import_bitsandbytes()
         values = torch.linspace(-1, 1, 256, device=device, dtype=torch.bfloat16).view(2, 128)
         codes, state = functional.quantize_4bit(values, quant_type="nf4")
         halves = functional.dequantize_4bit(codes, state)
@@ -65,6 +63,13 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # not installed, no kernel for this machine, a driver too old
         return " ".join(str(error).split()) or type(error).__name__
     return None if far < 0.2 else f"its kernels lose {far:.2g} of numbers up to 1"
+
+
+def import_bitsandbytes() -> Any:
+    """`bitsandbytes.functional`, without a word to a hub. Raises whatever its import raises."""
+    with _without_the_hub():
+        import bitsandbytes.functional as functional
+    return functional
 
 
 @contextmanager
