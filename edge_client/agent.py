@@ -276,8 +276,7 @@ class Agent:
         spent_s = now_s - began_s
         self._rest_until_s = now_s + self._rest_s(spent_s)
         if isinstance(self._report, StepReport):
-            self._tally.steps_s += spent_s
-            self._tally.losses.append(self._report.loss)
+            self._tally.stepped(self._report.step, self._report.loss, spent_s)
             return
         self._tally.evaluate_s += spent_s
         if self._report.loss is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_client.config import AGGREGATOR_SECTIONS, EdgeConfig
 from shared.config import load
+from shared.errors import UserError
 from shared.service_unit import Service, login
 
 GPU_GROUPS = ("video", "render")  # who may open a GPU's devices: /dev/dri, and all of a Jetson's
@@ -30,6 +31,8 @@ def agent_service(name: str, config_file: Path, *, is_system: bool, user: str | 
     """
     config_file = config_file.absolute()
     config = load(EdgeConfig, file=config_file, env={}, flags={}, other_sections=AGGREGATOR_SECTIONS)
+    if not config.agent.run:
+        raise UserError(f"{config_file}: agent.run is missing; give the run's name as run under [agent].")
     user = login(is_system, user)
     return Service(
         name=name,

@@ -28,6 +28,7 @@ class RoundMetrics(msgspec.Struct, frozen=True, kw_only=True):
     model_digest: str | None  # of that version, 16 bytes in hex
     receipt: str | None  # the last receipt's code
     steps: int
+    steps_before: int = 0  # of this round, in an earlier life of the agent: nothing of them is in the other numbers
     train_loss: float | None  # mean over the steps, nats per token
     held_out_loss: float | None  # of `version`, nats per token
     held_out_accuracy: float | None  # in [0, 1]
@@ -80,6 +81,8 @@ class MetricsFile:
 def round_line(metrics: RoundMetrics) -> str:
     """What a log shows of a round that is over."""
     parts = [f"round {metrics.round} over: {metrics.receipt or 'no receipt'}, {metrics.steps} steps"]
+    if metrics.steps_before:
+        parts[0] += f" after {metrics.steps_before} before the restart"
     if metrics.train_loss is not None:
         parts.append(f"train loss {metrics.train_loss:.4f}")
     if metrics.held_out_loss is not None:
@@ -103,6 +106,7 @@ class Tally:
     version: int | None = None
     digest: bytes | None = None
     losses: list[float] = field(default_factory=list)  # of the steps, nats per token
+    steps_before: int = 0
     held_out_loss: float | None = None
     held_out_accuracy: float | None = None
     rebuild_s: float = 0.0
@@ -113,8 +117,15 @@ class Tally:
     def rebuilt(self, version: int, digest: bytes, seconds: float) -> None:
         """The overlay took on `version`; work on an older one does not count in this round."""
         self.version, self.digest = version, digest
-        self.losses = []
+        self.losses, self.steps_before = [], 0
         self.rebuild_s += seconds
+
+    def stepped(self, step: int, loss: float, seconds: float) -> None:
+        """Local step `step` (from 1) is done; where it is the first one here, those before it were another life's."""
+        if not self.losses:
+            self.steps_before = step - 1
+        self.losses.append(loss)
+        self.steps_s += seconds
 
     def close(
         self,
@@ -137,6 +148,7 @@ class Tally:
             model_digest=None if self.digest is None else self.digest.hex(),
             receipt=None if receipt is None else receipt.name.lower(),
             steps=len(self.losses),
+            steps_before=self.steps_before,
             train_loss=math.fsum(self.losses) / len(self.losses) if self.losses else None,
             held_out_loss=self.held_out_loss,
             held_out_accuracy=self.held_out_accuracy,

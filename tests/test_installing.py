@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linu
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (apt-get install systemd)"
 )
+AGENT = '[agent]\nrun = "spring"\n'
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -28,7 +29,7 @@ def edge(tmp_path: Path) -> Path:
     """A configuration of an agent, with caps."""
     file = tmp_path / "my edge.toml"
     file.write_text(
-        '[data]\nsource = "owner/name"\n[caps]\ncpu_percent = 50\nmemory_mb = 4000\n[kernel]\nthreads = 2\n'
+        f'{AGENT}[data]\nsource = "owner/name"\n[caps]\ncpu_percent = 50\nmemory_mb = 4000\n[kernel]\nthreads = 2\n'
     )
     return file
 
@@ -110,7 +111,7 @@ def test_systemd_accepts_the_aggregator_s_units(tmp_path: Path, call: Call) -> N
 @needs_systemd
 def test_a_setting_that_systemd_does_not_know_would_be_found(tmp_path: Path, edge: Path, call: Call) -> None:
     text = call("install-service", "--config", edge, "--system", "--print")[1].replace("RestrictSUIDSGID", "RestrictX")
-    with pytest.raises(AssertionError, match="Unknown key.* 'RestrictX'"):
+    with pytest.raises(AssertionError, match=r"Unknown key.* 'RestrictX'"):
         verified(text, tmp_path)
 
 
@@ -155,7 +156,7 @@ def test_data_given_relative_to_here_is_found_from_the_service(
     folder.mkdir()
     (folder / "a.jsonl").touch()
     monkeypatch.chdir(folder)
-    edge.write_text('[data]\nsource = "a.jsonl"\n')
+    edge.write_text(f'{AGENT}[data]\nsource = "a.jsonl"\n')
     assert f"WorkingDirectory={tmp_path}/100%% mine\n" in call("install-service", "--config", edge, "--print")[1]
 
 
@@ -190,7 +191,7 @@ def test_a_service_is_written_told_and_removed(tmp_path: Path, edge: Path, call:
 
 def test_a_unit_written_with_other_settings_is_replaced(tmp_path: Path, edge: Path, call: Call) -> None:
     call("install-service", "--config", edge)
-    edge.write_text('[data]\nsource = "owner/name"\n[caps]\nnice = 5\n')
+    edge.write_text(f'{AGENT}[data]\nsource = "owner/name"\n[caps]\nnice = 5\n')
     assert call("install-service", "--config", edge)[1].startswith("wrote again")
     assert "\nNice=5\n" in unit_of(tmp_path).read_text()
 
@@ -243,6 +244,11 @@ def test_a_wrong_configuration_is_told_before_anything_is_written(tmp_path: Path
     code, _, err = call("install-service", "--config", edge)
     assert (code, unit_of(tmp_path).exists()) == (2, False)
     assert "nice is 40" in err
+
+
+def test_a_configuration_without_a_run_would_not_start(edge: Path, call: Call) -> None:
+    edge.write_text("[data]\nsource = 'a/b'\n")
+    assert "agent.run is missing" in call("install-service", "--config", edge)[2]
 
 
 def test_there_is_nothing_to_remove(call: Call) -> None:

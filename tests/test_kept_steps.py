@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -232,9 +233,13 @@ def test_killed_agent_takes_only_the_steps_that_were_left(tmp_path):
     fleet.run_until(lambda: steps_of(agent) == 4)
     fleet.kill("ann")
     trainer = LinearTrainer("ann")
-    fleet.join("ann", resuming(tmp_path, trainer), outbox=outbox_in(tmp_path / "state")[0])
+    metrics = tmp_path / "metrics.jsonl"
+    fleet.join("ann", resuming(tmp_path, trainer), outbox=outbox_in(tmp_path / "state")[0], metrics=metrics)
     fleet.run_to_the_end()
     assert trainer.steps_taken == 2
+    first = json.loads(metrics.read_text().splitlines()[0])
+    assert (first["round"], first["steps"], first["steps_before"]) == (0, 2, 4)
+    assert "accepted, 2 steps after 4 before the restart" in fleet.screens["ann"].getvalue()
     assert update_in(fleet, 0) == update_in(calm, 0)
     assert np.array_equal(fleet.coefficients, calm.coefficients)
 

@@ -30,6 +30,7 @@ from tools.soak_witness import Witness
 from tools.soak_world import AGENTS, RUN, World, create_command, make_world, stop_command
 
 POLL_S = 0.1
+LOOK_S = 1.0  # into the store
 MOMENT_TIMEOUT_S = 3.0  # a kill that waits for a packet does not wait for longer
 STAGE_TIMEOUT_S = 30.0  # nor does one that waits until its victim is at work
 STALL_S = 180.0  # without a closed round: something is wrong
@@ -113,7 +114,7 @@ class _Progress:
                 f"{died.name} ended by itself with exit code {died.exit_code}; its log ends with:\n{died.tail}"
             )
         now_s = time.monotonic()
-        if now_s - self._looked_s < 1.0:
+        if now_s - self._looked_s < LOOK_S:
             return
         self._looked_s = now_s
         with Store.open(self._store, may_write=False) as store:

@@ -184,9 +184,9 @@ def _report(settings: YieldSettings, world: World, cycles: list[Cycle]) -> Yield
     found = [violation for cycle in cycles for violation in violations(cycle, settings.quiet_s)]
     rounds = [line for line in read_metrics(world.metrics(AGENT)) if line.receipt == "accepted"]
     found += [
-        f"round {line.round}: {line.steps} of {settings.local_steps} steps counted"
+        f"round {line.round}: {line.steps + line.steps_before} of {settings.local_steps} steps counted"
         for line in rounds
-        if line.steps != settings.local_steps
+        if line.steps + line.steps_before != settings.local_steps
     ]
     report = YieldReport(
         seed=settings.seed,
