@@ -101,7 +101,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class UpperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Defaults for a base of `kseed manifest --scope upper`: that part of a model bears longer steps (scopes)."""
+    """Defaults for a base of `kseed manifest --scope upper` and data with labels: that part bears longer steps.
+
+    For text begin with a step_rms of 1.5e-3: 6e-3 made a model worse at GSM8K's answers (docs/benchmarks.md, "Learning").
+    """
 
     eps: float = 2e-3
     step_rms: float = 6e-3

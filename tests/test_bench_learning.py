@@ -84,6 +84,8 @@ def test_a_picture_of_curves_and_fleets_is_written(tmp_path: Path) -> None:
     points = ((0.0, 8.0, None), (10.0, 6.0, None))
     plot_curves(tmp_path / "curves.png", [Curve(RECIPE, 1, points), Curve("4 devices, sum", 1, points)])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plot_curves(tmp_path / "no-fleets.png", [Curve(RECIPE, 1, points)])
+    assert (tmp_path / "no-fleets.png").exists()
 
 
 def test_the_quick_set_has_one_plain_rate_and_the_recipe() -> None:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 def plot_curves(path: Path, curves: Sequence[Curve]) -> None:
     """Write a PNG: each arm in a colour of its own, each seed a line, fleets in a panel of their own over rounds."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, accuracy, fleets = figure.subplots(1, 3)
+    has_fleets = any("devices" in curve.arm for curve in curves)
+    figure = Figure(figsize=(13 if has_fleets else 9, 4), layout="constrained")
+    loss, accuracy, *rest = figure.subplots(1, 3 if has_fleets else 2)
+    fleets = rest[0] if rest else loss
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(curve.arm for curve in curves))}
     named: set[str] = set()
     for curve in curves:
@@ -28,13 +30,11 @@ def plot_curves(path: Path, curves: Sequence[Curve]) -> None:
         else:
             loss.plot(forwards, losses, **style)
             accuracy.plot(forwards, accuracies, **style)
-    for axes, title, across, up in (
-        (loss, "loss on examples that no device has", "forward passes", "nats per token"),
-        (accuracy, "accuracy on them", "forward passes", "part of 1"),
-        (fleets, "fleets: the same, by rounds", "rounds", "nats per token"),
-    ):
-        axes.set(title=title, xlabel=across, ylabel=up)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="x-small")
+    loss.set(title="loss on examples that no device has", xlabel="forward passes", ylabel="nats per token")
+    accuracy.set(title="accuracy on them", xlabel="forward passes", ylabel="part of 1")
+    if rest:
+        fleets.set(title="fleets: loss by rounds", xlabel="rounds", ylabel="nats per token")
+    for axes in (loss, accuracy, *rest):
+        axes.legend(fontsize="x-small")
     loss.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
