@@ -121,6 +121,7 @@ class _Combined:
     algorithm_state: algorithms.State
     fleet: Fleet
     devices: int = 0
+    first_order: int = 0
     steps: int = 0
 
 
@@ -135,15 +136,15 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
         facts.change_format,
         drawn_seeds(plan, facts.seeds),
     )
-    held_out_loss = _mean(watched.updates, "held_out_loss")
+    held_out_loss, first_order = _mean(watched.updates, "held_out_loss"), contributions.first_order.devices
     fleet = schedule.after_round(
         state.spec.config,
         state.fleet,
         watched.magnitudes,
         held_out_loss,
-        has_first_order=contributions.first_order.devices > 0,
+        has_first_order=first_order > 0,
     )
-    return _Combined(version, algorithm_state, fleet, contributions.devices, steps)
+    return _Combined(version, algorithm_state, fleet, contributions.devices, first_order, steps)
 
 
 @dataclass
@@ -214,6 +215,7 @@ def _report(
         accepted=len(state.updates) + len(state.late),
         counted=combined.devices,
         late=len(state.late),
+        first_order=combined.first_order,
         model_digest=verdict.reference.hex() if verdict.reference is not None else None,
         left_out=len(verdict.left_out),
         samples=sum(update.samples for update in updates.values()),

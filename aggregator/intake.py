@@ -21,6 +21,7 @@ from shared.transport import Received
 from shared.wire import decode
 
 MAX_WAITING = 16384  # messages that are not decided, each about 1 KB
+MAX_WAITING_BYTES = 64 * 2**20  # of their payloads: a first-order device's may have 100 KB
 MAX_UNSETTLED = 2048  # publications that the broker has not taken
 ROOM_FOR_BUSY = 1024  # publications more, to tell devices so
 
@@ -30,6 +31,7 @@ class Intake:
 
     def __init__(self, answers: Answers) -> None:
         self._waiting: deque[Received] = deque()
+        self._bytes = 0
         self._answers = answers
 
     def __len__(self) -> int:
@@ -38,27 +40,35 @@ class Intake:
     @property
     def is_full(self) -> bool:
         """True where there is much to decide and room for the answers: time to do so before anything else is read."""
-        return len(self._waiting) >= MAX_WAITING and self._answers.unsettled < MAX_UNSETTLED - MAX_UNSETTLED // 8
+        return self._has_enough and self._answers.unsettled < MAX_UNSETTLED - MAX_UNSETTLED // 8
 
     def offer(self, message: Received) -> Literal["waits", "busy"]:
         """Queue a message, unless it must be sent away.
 
         Without room for an answer it is kept, unacknowledged: the broker's window bounds those.
         """
-        if len(self._waiting) >= MAX_WAITING and self._answers.unsettled < MAX_UNSETTLED + ROOM_FOR_BUSY:
+        if self._has_enough and self._answers.unsettled < MAX_UNSETTLED + ROOM_FOR_BUSY:
             return "busy"
         self._waiting.append(message)
+        self._bytes += len(message.payload)
         return "waits"
 
     def take(self, planned: int) -> Received | None:
         """The next message to decide, if its answer has a place behind `planned` others."""
         if not self._waiting or self._answers.unsettled + planned >= MAX_UNSETTLED:
             return None
-        return self._waiting.popleft()
+        message = self._waiting.popleft()
+        self._bytes -= len(message.payload)
+        return message
 
     def clear(self) -> None:
         """The connection is lost: what was not acknowledged comes again."""
         self._waiting.clear()
+        self._bytes = 0
+
+    @property
+    def _has_enough(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES
 
 
 def acknowledge(received: Sequence[Received]) -> None:

@@ -23,6 +23,7 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int  # updates in the round, late ones of earlier rounds included
     counted: int  # those that were combined
     late: int = 0  # those of earlier rounds
+    first_order: int = 0  # of the combined ones, those with a change in place of scalars
     model_digest: str | None = None  # of the fleet's model of version `round`, hex; None: no majority
     left_out: int  # those whose model digest differs
     samples: int
@@ -48,6 +49,8 @@ def round_line(report: RoundReport, rounds: int) -> str:
         parts.append(f"NOTHING COMBINED ({report.outcome}: {report.detail})")
     elif report.left_out:
         parts.append(f"{report.left_out} left out")
+    if report.first_order:
+        parts.append(f"{report.first_order} of them first-order")
     if report.late:
         parts.append(f"{report.late} late")
     parts.append(f"train loss {number(report.train_loss)}")

@@ -305,3 +305,16 @@ def test_answers_in_flight_go_by_the_smaller_of_what_we_want_and_what_the_broker
         while outgoing.take() is not None:
             taken += 1
         assert taken == expected
+
+
+def test_long_updates_that_wait_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = encode(update_of())
+    monkeypatch.setattr(intake, "MAX_WAITING_BYTES", 5 * len(payload))
+    setting = Setting(tmp_path)
+    queue = intake.Intake(setting.service._answers)
+    message = Received("kseed/night/update/a", payload, False)
+    assert [queue.offer(message) for _ in range(7)] == ["waits"] * 5 + ["busy"] * 2
+    assert queue.take(0) is not None
+    assert [queue.offer(message) for _ in range(2)] == ["waits", "busy"]
+    queue.clear()
+    assert queue.offer(message) == "waits"

@@ -19,6 +19,7 @@ import pytest
 from aggregator.service import Service
 from aggregator.store import Store
 from aggregator.verification import verify
+from shared.changes import write_change
 from shared.loopback import LoopbackNetwork
 from shared.messages import Plan, Receipt, Update
 from shared.refusals import Refusal
@@ -29,6 +30,7 @@ from tests.runs import START_MS, spec_of, update_of
 
 OTHER_MODEL = b"o" * 16
 Key = tuple[str, int]  # device, round
+FIRST_ORDER = (2, 3)
 
 
 class Death(BaseException):
@@ -211,8 +213,12 @@ class World:
 
 
 def update(number: int, seed: int, **fields: Any) -> Update:
-    scalars = np.random.default_rng([number, seed]).normal(size=3).astype(np.float32)
-    return update_of(number, **{"scalars": scalars_to_bytes(scalars, "f32"), "samples": 1 + seed, **fields})
+    """Of a device; those of `FIRST_ORDER` send a change in place of scalars."""
+    made = np.random.default_rng([number, seed]).normal(size=3)
+    work: dict[str, Any] = {"scalars": scalars_to_bytes(made, "f16")}
+    if seed in FIRST_ORDER:
+        work = {"scalars": b"", "change": write_change(np.array([seed, 9, 200]), made / 1e3, "f16")}
+    return update_of(number, **{**work, "samples": 1 + seed, **fields})
 
 
 def one_after_the_other() -> list[list[tuple[str, Update]]]:
@@ -236,6 +242,7 @@ def all_together() -> list[list[tuple[str, Update]]]:
 
 STORIES = {"one after the other": one_after_the_other, "all together": all_together}
 SETTINGS = {"rounds": 2, "quorum": 3, "late": "fold", "step": "normalised", "algorithm": "fedkseed-pro"}
+SETTINGS |= {"scalar_format": "f16", "change_format": "f8", "first_order": "accept"}
 
 
 @pytest.fixture(params=STORIES)
@@ -255,7 +262,9 @@ def compared(folder: Path, story: Any, fatal: list[int], calm: World, forgetful:
     folder.mkdir()
     world = World(folder, story(), fatal, forgetful, **SETTINGS).play()
     world.fuse.fatal.clear()
-    assert world.service.state.coefficients == calm.service.state.coefficients, world.fuse.deaths
+    state, wanted = world.service.state, calm.service.state
+    assert state.coefficients == wanted.coefficients, world.fuse.deaths
+    assert (state.carried, state.algorithm_state) == (wanted.carried, wanted.algorithm_state), world.fuse.deaths
     assert world.receipts == calm.receipts, world.fuse.deaths
     found = verify(world.store, "night")
     assert found.difference is None, world.fuse.deaths
@@ -271,7 +280,9 @@ def test_the_calm_run_passes_every_kind_of_point(calm: World, story: Any) -> Non
         assert calm.receipts["c", 0] == {"counts", "DIVERGED"}
         assert calm.receipts["e", 0] == {"WEIGHT_OUT_OF_RANGE"}
         assert calm.receipts["d", 0] == {"counts"}
-    assert any(coefficient != 0 for coefficient in calm.service.state.coefficients)
+    state = calm.service.state
+    assert any(state.coefficients) and any(state.carried)
+    assert state.algorithm_state.worth.agreement_rounds == 2
 
 
 def test_death_at_any_point_changes_neither_coefficients_nor_receipts(calm: World, story: Any, tmp_path: Path) -> None:
@@ -291,7 +302,7 @@ def test_a_machine_that_dies_in_a_commit_keeps_it_whole_or_not_at_all(tmp_path: 
     """Of the write-ahead log any part may be on the disk until the commit returns."""
     path = tmp_path / "s.sqlite3"
     with Store.open(path, may_create=True) as store:
-        store.create(spec_of(quorum=2), START_MS)
+        store.create(spec_of(quorum=2, scalar_format="f16"), START_MS)
         network = LoopbackNetwork()
         service = Service(store, "night", network.transport("aggregator"), lambda: START_MS, lambda _: None)
         service.start()

@@ -19,6 +19,7 @@ from aggregator.events import Begin, Event, KeepProgress, KeepUpdate, KeepVersio
 from aggregator.rounds import step
 from aggregator.store import Store
 from aggregator.verification import text, verify
+from shared.changes import write_change
 from shared.errors import UserError
 from shared.messages import Update
 from shared.wire import scalars_to_bytes
@@ -64,7 +65,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"step": "normalised", "algorithm": "fedkseed-pro", "late": "fold", "max_staleness": 3},
     {"late": "fold", "weighting": "equal", "server_scale": "sqrt", "common_seeds": True},
     {"change_format": "f16", "common_seeds": True},
-    {"change_format": "f8", "late": "fold"},
+    {"change_format": "f8", "late": "fold", "common_seeds": True},
 ]
 
 
@@ -96,6 +97,14 @@ DAMAGE = {
         r"version 0: coefficient 0 is -0\.0 in the store, the journal gives 0\.0; 1 of 256 differ",
     ),
     "a cut version": ("UPDATE versions SET coefficients = x'00' WHERE version = 1", "version 1 has 1 bytes of coeff"),
+    "what is carried": (
+        "UPDATE versions SET carried = zeroblob(1024) WHERE version = 2",
+        "version 2: what its changes left over is not what the journal gives",
+    ),
+    "the change": (
+        "UPDATE versions SET change = (SELECT change FROM versions WHERE version = 1) WHERE version = 3",
+        "version 3: the change that leads to it is not what the journal gives",
+    ),
     "a missing version": ("DELETE FROM versions WHERE version = 1", "version 1 is missing in the store"),
     "the last version missing": (
         "DELETE FROM versions WHERE version = (SELECT MAX(version) FROM versions)",
@@ -142,6 +151,29 @@ def test_what_differs_is_found_and_the_first_difference_is_named(tmp_path: Path,
         assert re.match(message, found.difference), found.difference
         assert found.compared < found.versions or "stands at" in found.difference
         assert "DIFFERENT: " in text(found)
+
+
+def mixed(number: int, size: float = 3e-4) -> list[Event]:
+    """A round of two first-order devices and two others."""
+    values = np.random.default_rng(number).normal(size=(2, 256)) * size
+    changes = [write_change(None, values[0], "f16"), write_change(np.arange(5), values[1, :5], "f16")]
+    first = [update_of(number, scalars=b"", change=change) for change in changes]
+    rest = [update(number, seed, scalars=scalars_to_bytes(np.arange(3) - seed, "f16")) for seed in (1, 2)]
+    return [arrival(device, one) for device, one in zip("abcd", first + rest, strict=True)]
+
+
+@pytest.mark.parametrize("form", ["f32", "f16", "f8"])
+def test_rounds_of_both_kinds_fold_to_the_same_bits(tmp_path: Path, form: str) -> None:
+    with Store.open(tmp_path / "s", may_create=True) as store:
+        settings = {"step": "normalised", "first_order": "accept", "scalar_format": "f16", "change_format": form}
+        store.create(spec_of(rounds=9, quorum=4, **settings), START_MS)
+        play(store, Begin(START_MS), *(event for number in range(4) for event in mixed(number)))
+        found = verify(store, "night")
+        assert (found.difference, found.counted, found.steps) == (None, 16, 24)
+        worth = store.state("night").algorithm_state.worth
+        assert (worth.noise_rounds, worth.agreement_rounds) == (4, 4)
+        store._do("UPDATE updates SET payload = (SELECT payload FROM updates WHERE device = 'a' AND round = 1)")
+        assert verify(store, "night").difference is not None
 
 
 def test_a_changed_significance_is_found(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def create_command(
             "quorum": quorum,
             "deadline": deadline,
             "late": "fold" if seed % 2 else "refuse",
+            "scalar-format": "f16",
+            "change-format": "f8",
         },
     )
 
