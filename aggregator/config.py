@@ -103,11 +103,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class UpperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Defaults for a base of `kseed manifest --scope upper` and data with labels: that part bears longer steps.
 
-    For text begin with a step_rms of 1.5e-3: 6e-3 made a model worse at GSM8K's answers (docs/benchmarks.md, "Learning").
+    For text begin with a step_rms of 1.5e-3: 6e-3 made a model worse at GSM8K's answers (docs/benchmarks.md).
     """
 
     eps: float = 2e-3
     step_rms: float = 6e-3
+    server_scale: ServerScale = "sqrt"
 
 
 class PaperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
