@@ -14,7 +14,7 @@ from shared.errors import UnavailableError, UserError
 from shared.manifest import Manifest, Tensor
 from shared.transport import KindBytes
 from tests.brokers import needs_mosquitto
-from tools.bandwidth import BandwidthSettings, measure_bandwidth, smollm2_manifest
+from tools.bandwidth import BandwidthSettings, measure_bandwidth
 from tools.bandwidth_report import (
     BandwidthReport,
     Flow,
@@ -22,6 +22,7 @@ from tools.bandwidth_report import (
     layers_of,
     other_ways,
     report_text,
+    smollm2_manifest,
     write_csv,
 )
 from tools.bench_wire import wire_rows
@@ -64,6 +65,7 @@ def a_report(lines: list[RoundMetrics]) -> BandwidthReport:
         broker="a broker",
         protocol="MQTT over TLS",
         link=None,
+        agents=1,
         model="a model",
         compared_with="for its shapes",
         seeds=4096,
@@ -132,6 +134,7 @@ def test_csv_has_layers_and_kinds_of_every_round(tmp_path: Path) -> None:
     [
         ({"rounds": 1}, "--rounds is 1; give 2 or more"),
         ({"numbers": "f64"}, "--numbers is 'f64'; allowed are f32, f16, f8"),
+        ({"agents": 4}, "--agents is 4; allowed are 1 to 3"),
         ({"link": "5g"}, "--link is '5g'; allowed are nb-iot, lte-m, 3g, satellite, wifi"),
         ({"link": "wifi", "tls": False}, "--link is measured with TLS alone"),
     ],

@@ -1,13 +1,12 @@
 """`kseed bandwidth`: what a client-round costs on the wire, measured between the programs that people run.
 
-A broker, the aggregator and one agent as processes of their own, over TLS; on a line of a network namespace with
-`link`. The bytes of a round do not depend on the model, so a tiny one, made on the spot, serves unless one is named.
+A broker, the aggregator and up to three agents as processes of their own, over TLS; with `link` on lines between network
+namespaces. The bytes of a round do not depend on the model, so a tiny one, made on the spot, serves unless one is named.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,25 +18,21 @@ import msgspec
 from aggregator.reports import RoundReport
 from edge_client.tally import RoundMetrics
 from shared.errors import UnavailableError, UserError
-from shared.manifest import Manifest, RunBase, Tensor
+from shared.manifest import RunBase
 from shared.messages import NumberFormat
-from tools.bandwidth_report import BandwidthReport, kinds_of, layers_of, other_ways, write_csv
-from tools.broker import find_mosquitto, start_broker
-from tools.certificates import make_certificates
+from tools.bandwidth_report import BandwidthReport, kinds_of, layers_of, other_ways, smollm2_manifest, write_csv
+from tools.bandwidth_setup import on_lines, on_loopback
+from tools.broker import find_mosquitto
 from tools.demo import ONE_THREAD, follow
 from tools.demo_report import read_lines
-from tools.links import PROFILES, Network, inside, missing
+from tools.links import PROFILES, missing
 from tools.manifest import write_manifest
 from tools.out_folder import prepare_folder
-from tools.processes import Crew, crew, script
+from tools.processes import crew, script
 from tools.soak_world import AGENTS, World, make_world
 
 RUN = "bandwidth"
-DEVICE = "device-1"
-HUB_ADDRESS = "10.77.0.1"
-TLS_PORT = 8883
 ENDING_S = 120.0
-BROKER_START_S = 20.0
 DEADLINE_S = 3600
 
 _RUN = """\
@@ -49,23 +44,10 @@ batch_size = 1
 common_seeds = true
 scalar_format = "{numbers}"
 change_format = "{numbers}"
-quorum = 1
-min_updates = 1
+quorum = {agents}
+min_updates = {agents}
 deadline_s = {deadline_s}
 """
-_BROKER = """\
-listener {port} 0.0.0.0
-allow_anonymous true
-user root
-cafile {ca}
-certfile {cert}
-keyfile {key}
-max_queued_messages 100000
-max_packet_size 16777216
-set_tcp_nodelay true
-log_dest file {log}
-"""
-
 Say = Callable[[str], None]
 
 
@@ -81,12 +63,15 @@ class BandwidthSettings:
     numbers: str = "f16"  # f32, f16 or f8: of scalars up and of changes down
     tls: bool = True
     link: str | None = None
+    agents: int = 1
 
     def __post_init__(self) -> None:
         if self.rounds < 2:
             raise UserError(f"--rounds is {self.rounds}; give 2 or more: the first is the join's, and not counted.")
         if self.numbers not in get_args(NumberFormat):
             raise UserError(f"--numbers is {self.numbers!r}; allowed are {', '.join(get_args(NumberFormat))}.")
+        if not 1 <= self.agents <= len(AGENTS):
+            raise UserError(f"--agents is {self.agents}; allowed are 1 to {len(AGENTS)}.")
         if self.link is None:
             return
         if self.link not in PROFILES:
@@ -101,25 +86,6 @@ class BandwidthSettings:
             )
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Where the programs find each other, and in which namespace each runs."""
-
-    broker: str  # for people
-    agent_address: str  # host:port of the broker, as the agent sees it
-    aggregator_address: str
-    ca: Path | None
-    network: Network | None
-
-    def agent(self, command: list[str]) -> list[str]:
-        """In the device's namespace."""
-        return command if self.network is None else inside(self.network.devices[0], command)
-
-    def hub(self, command: list[str]) -> list[str]:
-        """In the hub's."""
-        return command if self.network is None else inside(self.network.hub, command)
-
-
 def measure_bandwidth(settings: BandwidthSettings, say: Say) -> BandwidthReport:
     """Run it; its files are in `settings.out`.
 
@@ -131,12 +97,14 @@ def measure_bandwidth(settings: BandwidthSettings, say: Say) -> BandwidthReport:
     if settings.model is not None:
         write_manifest(settings.model, "bf16", world.base, name=settings.model)
     broker = _run(settings, world, say)
-    lines = [line for line in read_lines(world.metrics(DEVICE), RoundMetrics) if line.steps]
+    agents = [read_lines(world.metrics(name), RoundMetrics) for name in AGENTS[: settings.agents]]
+    agents = [[line for line in lines if line.steps] for lines in agents]
     rounds = read_lines(world.metrics("aggregator"), RoundReport)
-    if len(lines) < settings.rounds:
-        raise UnavailableError(f"the agent reported {len(lines)} of {settings.rounds} rounds; see {world.out}.")
-    report = _report(settings, world, broker, lines, rounds)
-    write_csv(Path(report.files["CSV"]), lines)
+    fewest = min(map(len, agents))
+    if fewest < settings.rounds:
+        raise UnavailableError(f"an agent reported {fewest} of {settings.rounds} rounds; see {world.out}.")
+    report = _report(settings, world, broker, agents, rounds)
+    write_csv(Path(report.files["CSV"]), [line for lines in agents for line in lines])
     if "plot" in report.files:
         from tools.bandwidth_plot import plot_bandwidth
 
@@ -146,9 +114,10 @@ def measure_bandwidth(settings: BandwidthSettings, say: Say) -> BandwidthReport:
 
 
 def _report(
-    settings: BandwidthSettings, world: World, broker: str, lines: list[RoundMetrics], rounds: list[RoundReport]
+    settings: BandwidthSettings, world: World, broker: str, agents: list[list[RoundMetrics]], rounds: list[RoundReport]
 ) -> BandwidthReport:
-    later = lines[1:]
+    first = [lines[0] for lines in agents]
+    later = [line for lines in agents for line in lines[1:]]
     sums = [both for line in later if (both := layers_of([line]).ip.both) is not None]
     manifest = smollm2_manifest() if settings.model is None else RunBase.read(world.base).manifest
     files = {"CSV": world.out / "bandwidth.csv", "report": world.report, "logs": world.out}
@@ -158,6 +127,7 @@ def _report(
         broker=broker,
         protocol="MQTT over TLS" if settings.tls and "amqtt" not in broker else "MQTT without TLS",
         link=settings.link,
+        agents=settings.agents,
         model=settings.model or "a tiny model (the bytes of a round do not depend on it)",
         compared_with=settings.model or "for SmolLM2-135M's shapes",
         seeds=settings.seeds,
@@ -168,7 +138,7 @@ def _report(
         least_bytes=min(sums, default=None),
         most_bytes=max(sums, default=None),
         kinds=kinds_of(later),
-        joining=layers_of(lines[:1]),
+        joining=layers_of(first),
         others=other_ways(manifest),
         round_s=statistics.median(report.seconds for report in rounds[1:]),
         steps_s=statistics.median(line.steps_s for line in later),
@@ -182,42 +152,15 @@ def _has_matplotlib() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def smollm2_manifest() -> Manifest:
-    """The tensors of SmolLM2-135M: what other ways would send, where the model measured with is a tiny one."""
-    width, mid, layers, vocabulary, kv = 576, 1536, 30, 49152, 192
-    shapes = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (mid, width),
-        "mlp.up_proj": (mid, width),
-        "mlp.down_proj": (width, mid),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    tensors = [Tensor("model.embed_tokens.weight", (vocabulary, width)), Tensor("model.norm.weight", (width,))]
-    tensors += [
-        Tensor(f"model.layers.{n}.{name}.weight", shape) for n in range(layers) for name, shape in shapes.items()
-    ]
-    return Manifest(tuple(tensors))
-
-
 def _run(settings: BandwidthSettings, world: World, say: Say) -> str:
     """The run itself, until aggregator and agent have left; says which broker it was."""
-    config = world.out / "run.toml"
-    config.write_text(
-        _RUN.format(
-            seeds=settings.seeds,
-            rounds=settings.rounds,
-            local_steps=settings.local_steps,
-            numbers=settings.numbers,
-            deadline_s=DEADLINE_S,
-        )
-    )
+    config = _write_config(settings, world)
     with ExitStack() as stack:
         members = stack.enter_context(crew())
-        setup = _linked(settings, world, members, stack) if settings.link else _local(settings, world, stack)
+        if settings.link is None:
+            setup = on_loopback(world.out, stack, tls=settings.tls)
+        else:
+            setup = on_lines(world.out, stack, members, line=PROFILES[settings.link], agents=settings.agents)
         say(f"broker: {setup.broker}")
         store = ("--store", str(world.store))
         create = ["create", RUN, "--base", str(world.base), "--config", str(config), *store]
@@ -226,25 +169,50 @@ def _run(settings: BandwidthSettings, world: World, say: Say) -> str:
         )
         where = ["--tls", "--ca-file", str(setup.ca)] if setup.ca else []
         serve = ["serve", RUN, *store, "--metrics", str(world.metrics("aggregator"))]
-        serve += ["--broker", setup.aggregator_address, *where]
+        serve += ["--broker", setup.address, *where]
         aggregator = members.start(
             "aggregator", setup.hub([*script("kseed-aggregator"), *serve]), world.log("aggregator", 1), ONE_THREAD
         )
-        join = [*script("kseed-edge"), *_join(settings, world), "--broker", setup.agent_address, *where]
-        agent = members.start("agent", setup.agent(join), world.log(DEVICE, 1), ONE_THREAD)
-        follow(members, aggregator, [agent], world.metrics("aggregator"), lambda report: None)
-        members.finish(agent, ENDING_S)
+        agents = []
+        for number, name in enumerate(AGENTS[: settings.agents]):
+            join = [
+                *script("kseed-edge"),
+                *_join(settings, world, name),
+                "--broker",
+                setup.agent_address(number),
+                *where,
+            ]
+            agents.append(members.start(name, setup.agent(number, join), world.log(name, 1), ONE_THREAD))
+        follow(members, aggregator, agents, world.metrics("aggregator"), lambda report: None)
+        for agent in agents:
+            members.finish(agent, ENDING_S)
         return setup.broker
 
 
-def _join(settings: BandwidthSettings, world: World) -> list[str]:
+def _write_config(settings: BandwidthSettings, world: World) -> Path:
+    """What `create` reads."""
+    config = world.out / "run.toml"
+    config.write_text(
+        _RUN.format(
+            seeds=settings.seeds,
+            rounds=settings.rounds,
+            local_steps=settings.local_steps,
+            numbers=settings.numbers,
+            agents=settings.agents,
+            deadline_s=DEADLINE_S,
+        )
+    )
+    return config
+
+
+def _join(settings: BandwidthSettings, world: World, name: str) -> list[str]:
     options: dict[str, object] = {
-        "device": DEVICE,
+        "device": name,
         "model": settings.model or world.model,
-        "data": world.data(AGENTS[0]),
+        "data": world.data(name),
         "held-out": 0.2,
         "threads": 1,
-        "metrics": world.metrics(DEVICE),
+        "metrics": world.metrics(name),
         "state-dir": world.out / "state",
         "nice": 0,
     }
@@ -255,36 +223,3 @@ def _join(settings: BandwidthSettings, world: World) -> list[str]:
         "--no-gate",
         *(part for name, value in options.items() for part in (f"--{name}", str(value))),
     ]
-
-
-def _local(settings: BandwidthSettings, world: World, stack: ExitStack) -> Setup:
-    """Everything on the loopback interface."""
-    extra, ca = "", None
-    if settings.tls and find_mosquitto():
-        made = make_certificates(world.out / "certificates", ["127.0.0.1"])
-        extra, ca = f"cafile {made.ca}\ncertfile {made.cert}\nkeyfile {made.key}\n", made.ca
-    broker = start_broker(world.out / "broker", extra_config=extra)
-    stack.callback(broker.stop)
-    note = "" if ca or not settings.tls else ", without TLS: kseed configures TLS for mosquitto alone"
-    where = f"{broker.host}:{broker.port}"
-    return Setup(f"{broker.kind} {broker.version}{note}", where, where, ca, None)
-
-
-def _linked(settings: BandwidthSettings, world: World, members: Crew, stack: ExitStack) -> Setup:
-    """Broker and aggregator in a hub's namespace, the agent behind a line."""
-    assert settings.link is not None
-    network = Network(1, PROFILES[settings.link], seed=1)
-    stack.callback(network.close)
-    made = make_certificates(world.out / "certificates", ["127.0.0.1", HUB_ADDRESS])
-    config, log = world.out / "mosquitto.conf", world.out / "mosquitto.log"
-    config.write_text(_BROKER.format(port=TLS_PORT, ca=made.ca, cert=made.cert, key=made.key, log=log))
-    program = str(find_mosquitto())
-    members.start("broker", inside(network.hub, [program, "-c", str(config)]), world.log("broker", 1), {})
-    deadline_s = time.monotonic() + BROKER_START_S
-    while " running" not in (log.read_text() if log.exists() else ""):
-        members.check()
-        if time.monotonic() > deadline_s:
-            raise UnavailableError(f"mosquitto did not start within {BROKER_START_S:.0f} s; its log is {log}.")
-        time.sleep(0.05)
-    where = f"{network.hub_address(0)}:{TLS_PORT}", f"127.0.0.1:{TLS_PORT}"
-    return Setup("mosquitto", *where, made.ca, network)

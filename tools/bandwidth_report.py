@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edge_client.tally import RoundMetrics
-from shared.manifest import Manifest
+from shared.manifest import Manifest, Tensor
 from shared.transport import KindBytes
 
 PAPER_BYTES = 18_000  # FedKSeed's stated payload of one client-round, both ways together
@@ -64,12 +64,13 @@ class BandwidthReport(msgspec.Struct, frozen=True, kw_only=True):
     broker: str
     protocol: str  # "MQTT over TLS" or "MQTT without TLS"
     link: str | None
+    agents: int
     model: str
     compared_with: str  # whose shapes the other ways are computed from
     seeds: int
     local_steps: int
     numbers: str  # how scalars and changes are written
-    rounds: int  # those that are averaged: all but the first
+    rounds: int  # client-rounds that are averaged: all but each agent's first
     client_round: Layers
     least_bytes: float | None  # of one round, both ways, all layers
     most_bytes: float | None
@@ -128,11 +129,34 @@ def other_ways(manifest: Manifest) -> tuple[Other, ...]:
     return (*ways, Other("the full model, 16 bit", whole, whole, 2 * whole))
 
 
+def smollm2_manifest() -> Manifest:
+    """The tensors of SmolLM2-135M: what other ways would send, where the model measured with is a tiny one."""
+    width, mid, layers, vocabulary, kv = 576, 1536, 30, 49152, 192
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (mid, width),
+        "mlp.up_proj": (mid, width),
+        "mlp.down_proj": (width, mid),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
+    tensors = [Tensor("model.embed_tokens.weight", (vocabulary, width)), Tensor("model.norm.weight", (width,))]
+    tensors += [
+        Tensor(f"model.layers.{n}.{name}.weight", shape) for n in range(layers) for name, shape in shapes.items()
+    ]
+    return Manifest(tuple(tensors))
+
+
 def report_text(report: BandwidthReport) -> str:
     """The table."""
     rows = [
         f"{report.model}, K = {report.seeds}, {report.local_steps} local steps, numbers {report.numbers}, "
-        f"{report.protocol}, {report.broker}" + (f", link {report.link}" if report.link else ""),
+        f"{report.protocol}, {report.broker}"
+        + (f", link {report.link}" if report.link else "")
+        + (f", {report.agents} agents" if report.agents > 1 else ""),
         "",
         f"{f'Bytes per client-round (mean of {report.rounds})':<44} {'up':>12} {'down':>12} {'sum':>13}",
         *_layer_rows(report.client_round),

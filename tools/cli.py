@@ -150,6 +150,7 @@ def bandwidth(
     link: Annotated[
         str | None, typer.Option(help="Shape the line: nb-iot, lte-m, 3g, satellite or wifi; needs Linux and root.")
     ] = None,
+    agents: Annotated[int, typer.Option(help="Devices in the run, 1 to 3.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Measure what a round costs a device on the wire, beside the paper, LoRA factors and the full model."""
@@ -158,7 +159,7 @@ def bandwidth(
     from tools.bandwidth import BandwidthSettings, measure_bandwidth
     from tools.bandwidth_report import report_text
 
-    settings = BandwidthSettings(out, model, rounds, local_steps, seeds, numbers, tls, link)
+    settings = BandwidthSettings(out, model, rounds, local_steps, seeds, numbers, tls, link, agents)
     report = measure_bandwidth(settings, _note)
     _tell(msgspec.json.encode(report).decode() if as_json else report_text(report))
 
