@@ -1,7 +1,7 @@
 """`kseed bandwidth`: what a client-round costs on the wire, measured between the programs that people run.
 
-A broker, the aggregator and up to three agents as processes of their own, over TLS; with `link` on lines between network
-namespaces. The bytes of a round do not depend on the model, so a tiny one, made on the spot, serves unless one is named.
+A broker, the aggregator and up to three agents as processes of their own, over TLS; with `link` on lines between
+network namespaces. The bytes of a round do not depend on the model, so a tiny one serves unless one is named.
 """
 
 from __future__ import annotations
