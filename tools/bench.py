@@ -78,6 +78,13 @@ def aggregator(asked: Asked) -> BenchResult:
     return bench_aggregator(asked.quick, asked.folder)
 
 
+def first_order(asked: Asked) -> BenchResult:
+    """A step with exact gradients against LoRA and full backprop: memory and time; with data, what K buys."""
+    from tools.bench_first_order import bench_first_order
+
+    return bench_first_order(asked)
+
+
 def learning(asked: Asked) -> BenchResult:
     """Loss after the same number of forward passes, against plain ZO-SGD at the best of a grid of rates."""
     from tools.bench_learning import bench_learning
@@ -123,6 +130,7 @@ def wire(asked: Asked) -> BenchResult:
 ALL = "all"
 BENCHES: dict[str, Callable[[Asked], BenchResult]] = {
     "aggregator": aggregator,
+    "first-order": first_order,
     "learning": learning,
     "memory": memory,
     "packed": packed,

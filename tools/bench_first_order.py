@@ -3,6 +3,7 @@
 Memory and time of a step, each way in a process of its own, as `tools.bench_memory` does. All ways have the same loss
 (head on labelled positions only) and keep the activations of one layer at a time. LoRA is peft's, if it is
 installed (it is no dependency of kseed): rank 8 and 16 on all linear layers, AdamW; full backprop is AdamW too.
+With `--data`, also what K buys (`tools.bench_first_order_learning`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import UserError
 from tools.bench import Asked, BenchResult, Measured, load, machine
+from tools.bench_first_order_learning import bench_learning
 from tools.bench_memory import status_mb
 from tools.bench_step import batch_of, forwards_of, in_process, model_of, overlay_of
 
@@ -57,10 +59,17 @@ def bench_first_order(asked: Asked) -> BenchResult:
         print("peft is not installed, so LoRA is left out; install it with: pip install peft", file=sys.stderr)
         ways = ["inference", "kseed", "full"]
     costs: dict[Way, list[Cost]] = {way: [] for way in ways}
-    for _ in range(1 if asked.quick else 5):
+    for _ in range(1 if asked.quick else 3):
         for way, kept in costs.items():
             kept.append(Cost(*in_process("tools.bench_first_order", source, way)["cost"][0]))
-    return BenchResult("first-order", tuple(rows_of(costs)), machine(), load())
+    rows = rows_of(costs)
+    if asked.data is None:
+        print(
+            "no --data, so what K buys is left out; it needs a JSONL or CSV file with text and label", file=sys.stderr
+        )
+    else:
+        rows += bench_learning(asked, source)
+    return BenchResult("first-order", tuple(rows), machine(), load())
 
 
 def rows_of(costs: dict[Way, list[Cost]]) -> list[Measured]:
