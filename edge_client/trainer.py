@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Generator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from edge_client.kernels import choose
 from edge_client.loss import labelled_loss
 from edge_client.model import LoadedModel, load_model
 from edge_client.overlay import Overlay
-from edge_client.shortage import Portions, must_fit, release
+from edge_client.shortage import Portions, TooLittleMemory, must_fit, release
 from edge_client.streamed import load_streamed
 from shared.errors import UserError
 from shared.manifest import Manifest
@@ -30,6 +31,7 @@ from shared.messages import Plan, Run, Update
 from shared.ranges import MODEL_DIGEST_BYTES
 from shared.wire import coefficients_from_bytes, scalars_to_bytes
 
+T = TypeVar("T")
 Loader = Callable[[Run], LoadedModel]
 EVALUATED_AT_ONCE = 16  # sequences; without a backward pass more would not be faster
 
@@ -56,11 +58,43 @@ class ModelTrainer:
         self._portions = Portions("local step", say)
         self._evaluated = Portions("held-out evaluation", say, EVALUATED_AT_ONCE)
         self._load = load or self._load_model
+        self._is_whole = load is None and (model.load_in, model.form) == ("auto", "auto")  # a smaller form is left
+        self._ready: ModelReady | None = None
 
     def load(self, run: Run) -> ModelReady:
-        """Load model and data for `run`. Raises UserError where one of them is unusable or does not fit."""
+        """Load model and data for `run`; a model that does not fit is read from its files as it is used.
+
+        Raises UserError where one of them is unusable or does not fit.
+        """
+        try:
+            return self._load_fitting(run)
+        except TooLittleMemory as error:
+            why = str(error)
+        return self._load_smaller(run, why)
+
+    def _load_fitting(self, run: Run) -> ModelReady:
         with must_fit(f"{self._model.source or run.model} does not fit into the memory of {self._model.device}"):
             return self._load_all(run)
+
+    def _load_smaller(self, run: Run, why: str) -> ModelReady:
+        """The same weights in the next smaller form. Raises UserError with `why` where there is none."""
+        if not self._is_whole:
+            raise UserError(why)
+        self._say(f"warning: {why} Reading the weights from their files from here on, which takes longer.")
+        self._is_whole, self._load = False, self._load_streamed
+        for name in ("overlay", "_loaded"):
+            vars(self).pop(name, None)
+        release()
+        try:
+            ready = self._load_fitting(run)
+        except UserError as error:
+            raise UserError(f"{why} Nor can its weights be read from their files as they are used: {error}") from error
+        if self._ready is not None and ready != self._ready:
+            raise UserError("the model or the data changed on disk since this agent began. Start it again.")
+        return ready
+
+    def _load_streamed(self, run: Run) -> LoadedModel:
+        return load_streamed(self._model.source or run.model, run.dtype, self._model.device)
 
     def _load_model(self, run: Run) -> LoadedModel:
         model = self._model
@@ -68,7 +102,8 @@ class ModelTrainer:
         if form == "auto":
             form = self._fitting(source, run)
         if form == "streamed":
-            return load_streamed(source, run.dtype, model.device)
+            self._is_whole = False
+            return self._load_streamed(run)
         return load_model(source, run.dtype, model.device, load_in=model.load_in, say=self._say)
 
     def _fitting(self, source: str, run: Run) -> Form:
@@ -99,21 +134,25 @@ class ModelTrainer:
             only={tensor.name for tensor in Manifest.unpack(run.manifest).tensors},
         )
         self._say(f"kernel {choice.kernel.name} ({choice.reason}), {torch.get_num_threads()} threads")
-        return ModelReady(self.overlay.manifest, self.overlay.base_digest(), _data_digest(self._task))
+        ready = ModelReady(self.overlay.manifest, self.overlay.base_digest(), _data_digest(self._task))
+        self._ready = self._ready or ready
+        return ready
 
     def rebuild(self, version: int, coefficients: bytes) -> bytes:
         """Set the overlay to `coefficients`; returns the first 16 bytes of the model digest. Raises UserError."""
         with must_fit(f"memory ran out while version {version} was rebuilt"):
-            self.overlay.set_coefficients(coefficients_from_bytes(coefficients, self._run.seeds))
+            self._coefficients = coefficients_from_bytes(coefficients, self._run.seeds)
+            self.overlay.set_coefficients(self._coefficients)
             return self.overlay.model_digest()[:MODEL_DIGEST_BYTES]
 
     def train(self, plan: Plan, model_digest: bytes, done: tuple[Report, ...] = ()) -> Job:
         """The held-out evaluation where the plan asks for it, then the local steps, but for what is done."""
         held_out = next((report for report in done if isinstance(report, HeldOutReport)), None)
+        steps = [report for report in done if isinstance(report, StepReport)]
         try:
             if plan.evaluate and held_out is None:
-                held_out = yield from self._evaluate()
-            steps = yield from self._steps(plan, [report for report in done if isinstance(report, StepReport)])
+                held_out = yield from self._with_less(self._evaluate)
+            steps = yield from self._with_less(lambda: self._steps(plan, steps))
         except (UserError, FloatingPointError) as error:
             return TrainingFailed(plan.round, str(error))
         return Trained(
@@ -132,10 +171,20 @@ class ModelTrainer:
     def evaluate(self, version: int) -> Job:
         """The held-out evaluation alone."""
         try:
-            yield from self._evaluate()
+            yield from self._with_less(self._evaluate)
         except (UserError, FloatingPointError) as error:
             self._say(f"warning: version {version} could not be evaluated: {error}")
         return Evaluated(version)
+
+    def _with_less(self, work: Callable[[], Generator[Report, bool, T]]) -> Generator[Report, bool, T]:
+        """`work()`; where memory runs out with a single sequence, once more with the model in a smaller form."""
+        try:
+            return (yield from work())
+        except TooLittleMemory as error:
+            why = str(error)
+        self._load_smaller(self._run, why)
+        self.overlay.set_coefficients(self._coefficients)
+        return (yield from work())
 
     def _evaluate(self) -> Generator[Report, bool, HeldOutReport]:
         rows = self._task.held_out
