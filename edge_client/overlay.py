@@ -206,6 +206,10 @@ class Overlay:
             self._place_one(tuned, nn.Parameter(self.materialise(tuned.name), requires_grad=False))
             del self._weights[tuned.name]
             tuned.free()  # the base goes as its weights come: no second copy of the model
+        for fixed in self._fixed:
+            if isinstance(fixed.weight, Placeholder):  # a base that is kept in another way
+                self._place_one(fixed, nn.Parameter(fixed.weight.in_fresh(), requires_grad=False))
+                fixed.free()
         self._end()
 
     def detach(self) -> None:

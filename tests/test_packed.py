@@ -108,6 +108,23 @@ def save_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
+def test_packed_layers_that_a_run_does_not_tune_count_in_its_base_and_are_written_out_too(tmp_path: Path) -> None:
+    folder = str(quantised(tmp_path))
+    digests = set()
+    for load_in in ("auto", "unpacked"):
+        model = load_model(folder, "bf16", load_in=load_in).model
+        only = {"model.layers.1.mlp.up_proj.weight", "model.norm.weight"}
+        overlay = Overlay(model, pool_key=POOL_KEY, seeds=SEEDS, directions="hadamard", only=only)
+        overlay.set_coefficients(random_coefficients())
+        overlay.verify(tiny_ids())
+        tuned = model(tiny_ids()).logits
+        digests.add((overlay.base_digest(), overlay.model_digest()))
+        overlay.write_out()
+        assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
+        assert torch.equal(model(tiny_ids()).logits, tuned)
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("directions", ["rademacher", "gaussian"])
 def test_independent_directions_are_added_to_packed_weights_too(tmp_path: Path, directions: Any) -> None:
     folder = str(quantised(tmp_path))
