@@ -58,6 +58,10 @@ def join(
     form: Annotated[
         str | None, typer.Option(help="loaded into memory, streamed from disk, or auto: what fits [auto].")
     ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(help="forward passes only, exact gradient, or auto: what run and memory allow [forward]."),
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="auto, instruction, chat, label or question [auto].")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt with {field} in it [the shape's own].")] = None,
     chat_template: Annotated[
@@ -178,6 +182,7 @@ _SETTINGS = {
     "model": "model.source",
     "load_in": "model.load_in",
     "form": "model.form",
+    "estimator": "model.estimator",
     "torch_device": "model.device",
     "kernel": "kernel.name",
     "threads": "kernel.threads",

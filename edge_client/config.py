@@ -51,6 +51,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     load_in: Literal["auto", "4bit", "8bit", "unpacked"] = "auto"
     # loaded: weights in memory; streamed: read from their files in every step; auto: what fits, loaded if it does
     form: Literal["auto", "loaded", "streamed"] = "auto"
+    # forward: two losses per step; gradient: exact ones, by backprop; auto: gradient where the run takes them
+    estimator: Literal["forward", "gradient", "auto"] = "forward"
 
 
 class KernelConfig(msgspec.Struct, frozen=True):

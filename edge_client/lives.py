@@ -18,6 +18,7 @@ from edge_client.agent import Agent, Clock
 from edge_client.board import Board
 from edge_client.config import EdgeConfig
 from edge_client.events import Finish, ModelReady
+from edge_client.first_order_kept import KeptGradient
 from edge_client.gate import Gate
 from edge_client.jobs import Job, Report
 from edge_client.kept_steps import KeptSteps, ResumingTrainer
@@ -137,10 +138,12 @@ class Lives:
             say=say,
         )
         kept = KeptSteps(state_dir, owner, say, time.monotonic)
+        gradient = KeptGradient(state_dir, owner, identity.agent, say, time.monotonic)
+        late = _LateTrainer(identity.device, config, self._screen, gradient)
         return Agent(
             identity,
             transport,
-            ResumingTrainer(_LateTrainer(identity.device, config, self._screen), kept, identity.agent, say),
+            ResumingTrainer(late, kept, identity.agent, say),
             clock=Clock(time.monotonic, unix_ms),
             screen=self._screen,
             gate=Gate(config.gate, self._machine.read, wish=board.wish),
@@ -158,17 +161,24 @@ class Lives:
 class _LateTrainer:
     """`edge_client.trainer`, imported when the model is: torch and transformers take seconds that a typo need not."""
 
-    def __init__(self, device: str, config: EdgeConfig, screen: Screen) -> None:
+    def __init__(self, device: str, config: EdgeConfig, screen: Screen, gradient: KeptGradient) -> None:
         self._device = device
         self._config = config
         self._screen = screen
+        self._kept = gradient
 
     def load(self, run: Run) -> ModelReady:
+        from edge_client.first_order import GradientSettings
         from edge_client.trainer import ModelTrainer
 
         config = self._config
         self._trainer = ModelTrainer(
-            self._device, config.data, model=config.model, kernel=config.kernel, say=self._screen.say
+            self._device,
+            config.data,
+            model=config.model,
+            kernel=config.kernel,
+            say=self._screen.say,
+            gradient=GradientSettings(config.model.estimator, self._kept, config.budget.round_bytes),
         )
         return self._trainer.load(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,9 +15,11 @@ from edge_client.config import KernelConfig, ModelConfig
 from edge_client.data.batches import Batch, batch_for_step, collate
 from edge_client.data.settings import DataConfig
 from edge_client.data.task import Task, load_task
-from edge_client.estimator import Probe, local_steps
+from edge_client.eps_check import DIRECTIONS, ROUNDS_BETWEEN, EpsCheck, eps_check
+from edge_client.estimator import local_steps
 from edge_client.evaluate import Evaluation, evaluation_steps
 from edge_client.events import Evaluated, ModelReady, Trained, TrainingFailed
+from edge_client.first_order import GradientSettings, Told, chosen
 from edge_client.fit import Form, fit_of
 from edge_client.jobs import HeldOutReport, Job, Report, StepReport
 from edge_client.kernels import choose
@@ -48,13 +51,15 @@ class ModelTrainer:
         kernel: KernelConfig,
         say: Callable[[str], None],
         load: Loader | None = None,
+        gradient: GradientSettings | None = None,
     ) -> None:
-        """`load`: how the base model comes about, from `model` unless given."""
+        """`load`: how the base model comes about, from `model` unless given. gradient: None never takes exact ones."""
         self._device = device
         self._data = data
         self._model = model
         self._kernel = kernel
         self._say = say
+        self._gradient = gradient
         self._portions = Portions("local step", say)
         self._evaluated = Portions("held-out evaluation", say, EVALUATED_AT_ONCE)
         self._load = load or self._load_model
@@ -134,7 +139,9 @@ class ModelTrainer:
             only={tensor.name for tensor in Manifest.unpack(run.manifest).tensors},
         )
         self._say(f"kernel {choice.kernel.name} ({choice.reason}), {torch.get_num_threads()} threads")
-        ready = ModelReady(self.overlay.manifest, self.overlay.base_digest(), _data_digest(self._task))
+        data_digest = _data_digest(self._task)
+        self._first_order = chosen(self._gradient, self.overlay, self._loaded, run, data_digest, self._say)
+        ready = ModelReady(self.overlay.manifest, self.overlay.base_digest(), data_digest)
         self._ready = self._ready or ready
         return ready
 
@@ -152,19 +159,20 @@ class ModelTrainer:
         try:
             if plan.evaluate and held_out is None:
                 held_out = yield from self._with_less(self._evaluate)
-            steps = yield from self._with_less(lambda: self._steps(plan, steps))
+            told = yield from self._gradient_steps(plan, model_digest)
+            told = told or (yield from self._with_less(lambda: self._steps(plan, steps)))
         except (UserError, FloatingPointError) as error:
             return TrainingFailed(plan.round, str(error))
         return Trained(
             Update(
                 round=plan.round,
                 samples=len(self._task.train),
-                train_loss=math.fsum(step.loss for step in steps) / len(steps),
+                train_loss=told.train_loss,
                 held_out_loss=None if held_out is None else held_out.loss,
                 held_out_accuracy=None if held_out is None else held_out.accuracy,
                 model_digest=model_digest,
-                scalars=scalars_to_bytes([step.scalar for step in steps], self._run.scalar_format),
-                change=None,
+                scalars=told.scalars,
+                change=told.change,
             )
         )
 
@@ -215,25 +223,49 @@ class ModelTrainer:
             batch_size=self._evaluated.at_once or EVALUATED_AT_ONCE,
         )
 
-    def _steps(self, plan: Plan, reports: list[StepReport]) -> Generator[Report, bool, list[StepReport]]:
-        def batch(step: int) -> Batch:
-            rows = batch_for_step(
-                self._task.train, nonce=plan.nonce, device=self._device, step=step, batch_size=plan.batch_size
-            )
-            return collate(rows, self._task.padding).to(self._loaded.device)
+    def _batch(self, plan: Plan, step: int) -> Batch:
+        rows = batch_for_step(
+            self._task.train, nonce=plan.nonce, device=self._device, step=step, batch_size=plan.batch_size
+        )
+        return collate(rows, self._task.padding).to(self._loaded.device)
+
+    def _gradient_steps(self, plan: Plan, model_digest: bytes) -> Generator[Report, bool, Told | None]:
+        """The steps of a first-order device; None where it is none, or not any more for want of memory."""
+        if self._first_order is None:
+            return None
+        try:
+            return (yield from self._first_order.steps(plan, model_digest, partial(self._batch, plan)))
+        except TooLittleMemory as error:
+            self._say(f"warning: {error} Going on with forward passes alone.")
+        self._first_order = self._gradient = None
+        release()
+        return None
+
+    def _steps(self, plan: Plan, reports: list[StepReport]) -> Generator[Report, bool, Told]:
+        """`reports`: of the steps done so far; it grows, so that another attempt goes on where this one ends."""
 
         def loss(batch: Batch) -> Tensor:
             return labelled_loss(self._loaded.model, batch, self._portions.at_once)
 
-        def attempt(measure: Callable[[], Probe]) -> Probe:
+        def attempt(measure: Callable[[], T]) -> T:
             return self._portions.attempt(measure, min(plan.batch_size, len(self._task.train)))
 
-        done = [report.scalar for report in reports]
-        for step in local_steps(self.overlay, plan, self._device, batch, loss, self._run.scalar_format, attempt, done):
-            reports.append(StepReport(step.step + 1, plan.local_steps, step.loss, float(step.scalar)))
+        batch, form = partial(self._batch, plan), self._run.scalar_format
+        done = [report.scalar for report in reports if report.scalar is not None]
+        if plan.round % ROUNDS_BETWEEN == 0 and not done:
+            self._say(str(attempt(lambda: self._eps_check(plan, batch(0)))))
+        for step in local_steps(self.overlay, plan, self._device, batch, loss, form, attempt, tuple(done)):
+            done.append(float(step.scalar))
+            reports.append(StepReport(step.step + 1, plan.local_steps, step.loss, done[-1]))
             if (yield reports[-1]):
                 break
-        return reports
+        mean_loss = math.fsum(report.loss for report in reports) / len(reports)
+        return Told(mean_loss, scalars_to_bytes(done, form), None)
+
+    def _eps_check(self, plan: Plan, batch: Batch) -> EpsCheck:
+        model, at_once = self._loaded.model, self._portions.at_once
+        seeds = range(min(DIRECTIONS, self.overlay.seeds))
+        return eps_check(lambda: labelled_loss(model, batch, at_once), self.overlay, seeds, plan.eps)
 
 
 def _data_digest(task: Task) -> bytes:
