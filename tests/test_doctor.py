@@ -119,7 +119,8 @@ def test_a_healthy_set_up_passes_with_kernels_and_leaves_no_trace_at_the_broker(
     assert "20 records of a known shape" in out
     assert "on cpu gives the bits of the definition" in out
     assert "warning  run            the broker has no run 'spring'" in out
-    assert out.endswith("1 warning, 12 ok\n")
+    assert "warning  model          which one is not known before the run is" in out
+    assert out.endswith("2 warning, 12 ok\n")
     watcher = MqttTransport(broker.config("ann"), "ann")
     watcher.start()
     assert isinstance(watcher.poll(10), Connected)
@@ -357,6 +358,18 @@ def read(patient: Patient) -> Any:
 
     patient.write()
     return read_config(patient.file, {}, {})
+
+
+def test_a_model_is_compared_with_the_memory_that_is_free(patient, tmp_path, monkeypatch) -> None:
+    from tests.tiny_models import save_tiny
+
+    patient.tables["model"] = {"source": save_tiny(tmp_path / "tiny")}
+    assert "sequences of 1024 tokens at once: " in here.model(read(patient), None).text
+    monkeypatch.setattr("edge_client.fit.free_on", lambda device: (1e6, "system"))
+    with pytest.raises(UserError, match=r"the model does not fit: .* 1 MB are free"):
+        here.model(read(patient), None)
+    patient.tables["model"] = {"source": tmp_path / "none.gguf"}
+    assert "its files are not here yet" in here.model(read(patient), None).text
 
 
 def test_a_certificate_of_the_future_blames_the_clock(tmp_path: Path) -> None:

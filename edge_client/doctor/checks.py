@@ -44,6 +44,8 @@ def findings(file: Path | None, env: Mapping[str, str], *, is_quick: bool = Fals
         talk = Talk(config.broker, config.agent.run, device_id(config), AGENT, AWAY_S)
         stack.callback(talk.close)
         yield from examine([*_of_the_way(config, board, talk), *_of_the_machine(config, board, talk)])
+        if not board.is_alive():  # else it fits: the memory it takes is not free any more
+            yield from examine([Check("model", lambda: here.model(config, talk.run))])
         if not is_quick:
             yield from examine([Check("kernel", partial(here.kernel, config))])
 

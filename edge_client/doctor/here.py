@@ -14,11 +14,12 @@ from pathlib import Path
 
 from edge_client.config import EdgeConfig
 from edge_client.doctor.check import Seen, Trouble
+from edge_client.fit import fit_of
 from edge_client.gate import Gate
 from edge_client.operations import check_data
 from edge_client.telling import measures
 from edge_client.watching.machine import Machine, free_disk
-from shared.messages import Plan
+from shared.messages import Plan, Run
 
 KERNEL_S = 300.0  # importing torch on a small board, and compiling
 CLOCK_MARGIN_S = 60.0
@@ -65,6 +66,20 @@ def sensors(machine: Machine, config: EdgeConfig) -> Seen:
     if pause := Gate(config.gate, machine.read)():
         return Seen(f"{text}. An agent would pause now: {pause}", "See [gate] for the limits.", details)
     return Seen(text, details=details)
+
+
+def model(config: EdgeConfig, run: Run | None) -> Seen:
+    """Does a step fit into the memory that is free, in which form, and how many sequences at once?"""
+    wanted, source = config.model, config.model.source or (run.model if run else "")
+    if not source:
+        return Seen(
+            "which one is not known before the run is", "Ask again when the run is there, or set [model] source."
+        )
+    dtype = run.dtype if run else "bf16"
+    found = fit_of(source, dtype, wanted.device, load_in=wanted.load_in, max_length=config.data.max_length)
+    if found is None:
+        return Seen(f"{source}: its files are not here yet, or do not say how large it is (GGUF)")
+    return Seen(found.why)
 
 
 def clock(found: Plan | None, now_s: float) -> Seen:
