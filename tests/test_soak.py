@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,8 +29,9 @@ from shared.transport import Delivered, Received
 from shared.wire import decode, encode
 from tests.brokers import config_of
 from tools.broker import RunningBroker, find_mosquitto, start_broker
+from tools.certificates import make_certificates
 from tools.processes import crew
-from tools.soak import SoakSettings, Violation, _Progress
+from tools.soak import SoakSettings, Violation, _Progress, _server_side
 from tools.soak_check import check_fold, read_journal, retained_violations, settled_rounds, violations
 from tools.soak_crew import Died, SoakCrew
 from tools.soak_packets import Packets, Published, doubled, kind_of, published, version_of
@@ -459,6 +461,31 @@ def test_the_proxy_doubles_a_publication_with_its_flag(line: Line) -> None:
     line.client.sendall(CONNECT_5 + PUBLISH_5)
     expected = CONNECT_5 + PUBLISH_5 + doubled(PUBLISH_5)
     assert read(line.broker, len(expected)) == expected
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_the_proxy_can_speak_tls_to_clients_and_still_sees_what_passes(tmp_path: Path) -> None:
+    files = make_certificates(tmp_path, ["127.0.0.1"])
+    witness = Witness()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = Proxy(listener.getsockname()[1], 1, CALM, witness, _server_side(files))
+        proxy.start()
+        try:
+            bare = socket.create_connection(("127.0.0.1", proxy.port), timeout=10.0)
+            trust = ssl.create_default_context(cafile=files.ca)
+            with trust.wrap_socket(bare, server_hostname="127.0.0.1") as client:
+                broker, _ = listener.accept()
+                broker.settimeout(10.0)
+                sent = encode(an_update(3))
+                topic = b"kseed/soak/update/ash"
+                packet = b"\0" + bytes([len(topic)]) + topic + b"\0\1" + sent
+                client.sendall(CONNECT_311 + bytes([0x32, len(packet)]) + packet)
+                size = len(CONNECT_311) + 2 + len(packet)
+                assert read(broker, size).endswith(sent)
+                broker.close()
+        finally:
+            proxy.close()
+    assert dict(witness.updates) == {(3, "ash"): {sent}}
 
 
 def test_a_cut_ends_both_sides(line: Line) -> None:

@@ -169,6 +169,7 @@ def soak(
     seed: Annotated[int, typer.Option(help="Of the schedule of kills, cuts and weathers.")] = 1,
     minutes: Annotated[float, typer.Option(help="How long the trouble lasts.")] = 2.0,
     kills: Annotated[int, typer.Option(help="SIGKILLs, at least.")] = 30,
+    tls: Annotated[bool, typer.Option("--tls", help="Encrypt what goes through the bad network.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for logs, metrics, store and report.")] = Path("kseed-soak"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -178,7 +179,7 @@ def soak(
     from tools.soak import SoakSettings, run_soak
     from tools.soak_report import soak_text
 
-    report = run_soak(SoakSettings(out, seed, minutes, kills), _note)
+    report = run_soak(SoakSettings(out, seed, minutes, kills, tls), _note)
     _tell(msgspec.json.encode(report).decode() if as_json else soak_text(report))
     raise typer.Exit(0 if report.is_well else 1)
 

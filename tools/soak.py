@@ -6,6 +6,7 @@ receipt is in the journal, nothing counts twice, and all devices hold the same m
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,11 +20,12 @@ from shared.config import BrokerConfig
 from shared.errors import UserError
 from shared.mqtt import MqttTransport
 from tools.broker import start_broker
+from tools.certificates import Certificates, make_certificates
 from tools.out_folder import prepare_folder
 from tools.processes import Crew, crew
 from tools.soak_check import check_fold, last_digest, retained_violations, violations
 from tools.soak_crew import SoakCrew
-from tools.soak_proxy import Proxy
+from tools.soak_proxy import HOST, Proxy
 from tools.soak_report import SoakReport
 from tools.soak_schedule import AGGREGATOR, BROKER, WEATHERS, Change, Cut, Happening, Kill, schedule
 from tools.soak_witness import Witness
@@ -48,6 +50,7 @@ class SoakSettings:
     seed: int
     minutes: float
     kills: int  # at least
+    tls: bool = False  # between the proxy and everybody but the broker
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.minutes <= 100_000.0:
@@ -73,7 +76,8 @@ def run_soak(settings: SoakSettings, say: Say) -> SoakReport:
     with ExitStack() as stack:
         broker = start_broker(world.out / "broker", kind="mosquitto")
         stack.callback(broker.stop)
-        proxy = Proxy(broker.port, settings.seed, WEATHERS[0], witness)
+        certificates = make_certificates(world.out / "certificates", [HOST]) if settings.tls else None
+        proxy = Proxy(broker.port, settings.seed, WEATHERS[0], witness, _server_side(certificates))
         stack.callback(proxy.close)
         proxy.start()
         members = stack.enter_context(crew())
@@ -83,7 +87,7 @@ def run_soak(settings: SoakSettings, say: Say) -> SoakReport:
         members.finish(create, SHORT_S)
         agents = ", ".join(AGENTS)
         say(f"seed {settings.seed}: {broker.kind} {broker.version} behind a proxy, aggregator, agents {agents}")
-        people = SoakCrew(world, members, broker, proxy.port, witness)
+        people = SoakCrew(world, members, broker, proxy.port, witness, certificates.ca if certificates else None)
         found: list[str] = []
         try:
             people.start()
@@ -93,6 +97,14 @@ def run_soak(settings: SoakSettings, say: Say) -> SoakReport:
         except Violation as violation:
             found.append(str(violation))
     return _report(settings, world, people, proxy, witness, found, time.monotonic() - began_s)
+
+
+def _server_side(certificates: Certificates | None) -> ssl.SSLContext | None:
+    if certificates is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates.cert, certificates.key)
+    return context
 
 
 def _newcomer(port: int) -> MqttTransport:

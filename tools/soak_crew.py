@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from shared.errors import UnavailableError
 from tools.broker import RunningBroker
@@ -30,8 +31,17 @@ class Died:
 class SoakCrew:
     """Broker, aggregator and agents, by name."""
 
-    def __init__(self, world: World, members: Crew, broker: RunningBroker, port: int, witness: Witness) -> None:
-        """`port`: the proxy's."""
+    def __init__(
+        self,
+        world: World,
+        members: Crew,
+        broker: RunningBroker,
+        port: int,
+        witness: Witness,
+        ca_file: Path | None = None,
+    ) -> None:
+        """`port`: the proxy's. ca_file: who signed its certificate; None: no TLS."""
+        self._tls = {} if ca_file is None else {"KSEED_BROKER_TLS": "true", "KSEED_BROKER_CA_FILE": str(ca_file)}
         self._witness = witness
         self.kills: Counter[str] = Counter()
         self._world = world
@@ -106,5 +116,5 @@ class SoakCrew:
         )
         self._started[name] += 1
         own = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"), str(self._world.out / "home"))
-        settings = {**SETTINGS, **own}
+        settings = {**SETTINGS, **self._tls, **own}
         self._children[name] = self._members.start(name, command, self._world.log(name, self._started[name]), settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,13 +70,17 @@ class _Pipe:
 class Proxy:
     """Listens on a free port of this machine, on a thread of its own. Use `start` and `close`."""
 
-    def __init__(self, broker_port: int, seed: int, weather: Weather, witness: Witness) -> None:
+    def __init__(
+        self, broker_port: int, seed: int, weather: Weather, witness: Witness, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """tls: of the server that clients see; to the broker it is plain."""
         self.count = ProxyCount()
         self.weather = weather
         self.port = 0
         self._broker_port = broker_port
         self._seed = seed
         self._witness = witness
+        self._tls = tls
         self._links: list[_Link] = []
         self._loop = asyncio.new_event_loop()
         self._is_up = threading.Event()
@@ -116,7 +121,7 @@ class Proxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, 0, ssl=self._tls))
         self.port = server.sockets[0].getsockname()[1]
         self._is_up.set()
         try:
@@ -200,7 +205,7 @@ class Proxy:
             due_s, packet = await pipe.queue.get()
             if (wait_s := due_s - self._loop.time()) > 0:
                 await asyncio.sleep(wait_s)
-            if link.is_over:
+            if link.is_over or pipe.writer.is_closing():
                 return
             if packet is None:
                 # The others see the end, too, once all has arrived.

@@ -16,6 +16,7 @@ SAYS: dict[Kind, str] = {
 }
 CALM_S = (12.0, 25.0)
 LOAD_S = (15.0, 40.0)
+BACK_S = 8.0  # until the agent has noticed the end of a load, and worked for a while
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,5 @@ def schedule(seed: int, seconds: float, quiet_s: float, kinds: tuple[Kind, ...])
             source.shuffle(deck)
         load = Load(deck.pop(), source.uniform(*CALM_S), source.uniform(*LOAD_S))
         loads.append(load)
-        used_s += load.calm_s + load.load_s + (quiet_s if load.kind == "cpu" else 0.0)
+        used_s += load.calm_s + load.load_s + BACK_S + (quiet_s if load.kind == "cpu" else 0.0)
     return tuple(loads)
