@@ -29,6 +29,8 @@ class Add(Protocol):
 class Base(Protocol):
     """The base weights of one tuned tensor, flat and row-major. They never change."""
 
+    is_far: bool  # reading takes long, so both probes of a step should share one
+
     @property
     def elements(self) -> int:
         """How many weights."""
@@ -50,6 +52,8 @@ class Base(Protocol):
 
 class PlainBase:
     """A base that lies in memory as it is."""
+
+    is_far = False
 
     def __init__(self, weight: Tensor) -> None:
         self.flat = weight.detach().contiguous().view(-1)
@@ -84,6 +88,8 @@ class PlainBase:
 
 class PackedBase:
     """A base that stays packed; a pass that adds to it unpacks as it goes."""
+
+    is_far = False
 
     def __init__(self, packed: Packed, elements: int, dtype: torch.dtype, kernel: Kernel) -> None:
         """`dtype`: the run's. `kernel`: what unpacks where nothing is added."""

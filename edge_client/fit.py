@@ -97,7 +97,7 @@ def need(size: Size, form: Form, dtype: WeightDtype, packing: Packing, work: Wor
     elif form == "loaded":
         packed = size.matrices if packing != "unpacked" else 0
         weights = packed * _PACKED.get(packing, 0) + (size.weights - packed) * item
-    both = 2 if form == "streamed" or packing != "unpacked" or size.is_packed else 1  # probes that run together
+    both = 2 if form == "streamed" else 1  # probes that run together
     tokens = work.at_once * work.length
     layer = tokens * item * (6 * size.hidden + 3 * size.wide) + work.at_once * work.length**2 * 4
     logits = work.at_once * work.labelled * size.vocabulary

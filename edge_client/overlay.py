@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_client.bases import PlainBase, Scratch
+from edge_client.bases import Scratch
 from edge_client.displacements import Displacement, Placement, Position, displacement
 from edge_client.kernels import Kernel, choose
 from edge_client.placeholders import Placeholder
@@ -115,8 +115,7 @@ class Overlay:
             tuned.name: BaseWeights(tuned, number, self._scratch, self._added, self._probes)
             for number, tuned in enumerate(selection.tensors)
         }
-        # What is read from a disk or unpacked is worth reading once for both probes of a step.
-        self.is_paired = any(not isinstance(weights.base, PlainBase) for weights in self._weights.values())
+        self.is_paired = any(weights.base.is_far for weights in self._weights.values())
         self._is_probing = False
         self._is_attached = True
         self._attach()

@@ -31,6 +31,8 @@ _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 class StreamedBase:
     """A base that is read from its file each time it is used; `edge_client.bases.Base`."""
 
+    is_far = True
+
     def __init__(self, stored: Stored, file: BinaryIO, dtype: torch.dtype, device: torch.device) -> None:
         """`file`: of `stored`, open without a buffer. `dtype`: the run's."""
         self.elements = stored.elements
