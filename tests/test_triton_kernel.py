@@ -37,6 +37,8 @@ from tests.test_kernels import (
     computed,
     expected,
 )
+from tests.test_packed_kernels import PACKINGS, added, as_tensors, random_packed
+from tests.test_packed_kernels import expected as expected_of_packed
 
 with contextlib.suppress(ImportError):
     import triton.language as tl  # the interpreter looks for it among the globals of a kernel
@@ -69,6 +71,18 @@ def test_kernel_equals_the_definition_bit_for_bit(interpreted: Any, dtype: Weigh
     for what, (starts, length) in SEGMENTS.items():
         found = computed(interpreted.TritonKernel(), as_tensor(base, dtype), "hadamard", starts, length, a, None)
         assert np.array_equal(bits(found), expected(base, dtype, "hadamard", starts, length, a, None)), what
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", ["4 bit, 64", "8 bit, rows of 701"])
+def test_a_packed_base_is_added_to_as_defined_bit_for_bit(interpreted: Any, packing: str, dtype: WeightDtype) -> None:
+    a = coefficients(4096)
+    base = random_packed(*PACKINGS[packing])
+    for what in ("odd rows", "one weight", "tail"):
+        starts, length = SEGMENTS[what]
+        found = added(interpreted.TritonKernel(), as_tensors(base), DTYPES[dtype], starts, length, a)
+        assert np.array_equal(bits(found), expected_of_packed(base, dtype, starts, length, a)), what
 
 
 @needs_triton
@@ -131,9 +145,12 @@ import re, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from edge_client.kernels.triton_gpu import _hadamard
-for number, kind in enumerate(("*i32", "*i16", "*i16")):
-    constants = {"seeds": 4096, "shift": 12, "groups": 4, "dtype": number, "is_apart": False}
-    types = {"base": kind, "starts": "*i64", "out": kind, "y": "*i32"}
+for number, packing in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2)):
+    kind = "*i16" if number else "*i32"
+    constants = {"seeds": 4096, "shift": 12, "groups": 4, "dtype": number, "is_apart": False, "block": 64}
+    constants["packing"] = packing
+    codes = {0: kind, 1: "*u8", 2: "*i8"}[packing]
+    types = {"base": codes, "scales": "*fp32", "table": "*fp32", "starts": "*i64", "out": kind, "y": "*i32"}
     types |= dict.fromkeys(("length", "tiles", "tensor", "key_low", "key_high"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     made = compile(ASTSource(_hadamard, types, constants), target=GPUTarget("cuda", int(sys.argv[1]), 32))

@@ -22,6 +22,7 @@ from torch import Tensor
 from edge_client.kernels import PADDING, Packed
 from edge_client.kernels.torch_any import TorchKernel
 from shared.directions import BUCKET_STREAM, SIGN_STREAM
+from shared.packed import EIGHT_BIT_UNIT
 
 _TILE = 4096  # weights of a program, at most
 _GROUP = 128  # weights that share a Philox call
@@ -30,6 +31,8 @@ _PROOF_LENGTH = 4_999  # of each segment
 _PROOF_SEEDS = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOAT32, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1)
+_PLAIN, _HALVES, _BYTES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_UNIT = tl.constexpr(float(EIGHT_BIT_UNIT))
 _SIGNS, _BUCKETS = tl.constexpr(SIGN_STREAM), tl.constexpr(BUCKET_STREAM)
 
 
@@ -62,32 +65,54 @@ def _philox(counter, tensor, stream: tl.constexpr, key_low, key_high):
 
 
 @triton.jit
-def _sum(stored, amount, dtype: tl.constexpr):
-    """The rounded sum of stored bits and float32 numbers, as bits; NaN becomes the canonical one."""
+def _widened(stored, dtype: tl.constexpr):
+    """Stored bits as float32 numbers."""
     if dtype == _FLOAT32:
-        total = stored.to(tl.float32, bitcast=True) + amount
-        summed = tl.where(total != total, 0x7FC00000, total.to(tl.int32, bitcast=True))
+        wide = stored.to(tl.float32, bitcast=True)
     elif dtype == _BFLOAT16:
-        total = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True) + amount
-        bits = total.to(tl.int32, bitcast=True)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16  # wraps for NaN alone
-        summed = tl.where(total != total, 0x7FC0, rounded).to(tl.int16)
+        wide = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        total = stored.to(tl.float16, bitcast=True).to(tl.float32) + amount
+        wide = stored.to(tl.float16, bitcast=True).to(tl.float32)
+    return wide
+
+
+@triton.jit
+def _rounded(total, dtype: tl.constexpr):
+    """Float32 numbers as bits of `dtype`; NaN becomes the canonical one."""
+    if dtype == _FLOAT32:
+        bits = tl.where(total != total, 0x7FC00000, total.to(tl.int32, bitcast=True))
+    elif dtype == _BFLOAT16:
+        wide = total.to(tl.int32, bitcast=True)
+        rounded = (wide + (0x7FFF + ((wide >> 16) & 1))) >> 16  # wraps for NaN alone
+        bits = tl.where(total != total, 0x7FC0, rounded).to(tl.int16)
+    else:
         half = total.to(tl.float16).to(tl.int16, bitcast=True)
-        summed = tl.where(total != total, 0x7E00, half.to(tl.int32)).to(tl.int16)
-    return summed
+        bits = tl.where(total != total, 0x7E00, half.to(tl.int32)).to(tl.int16)
+    return bits
+
+
+@triton.jit
+def _unpacked(codes, scales, table, index, mask, block: tl.constexpr, packing: tl.constexpr):
+    """What the packed weights at these indices stand for, in float32, not yet rounded to the dtype."""
+    scale = tl.load(scales + index // block, mask=mask, other=0.0)
+    if packing == _HALVES:
+        both = tl.load(codes + index // 2, mask=mask, other=0).to(tl.int32)
+        value = tl.load(table + ((both >> ((index + 1) % 2 * 4).to(tl.int32)) & 15)) * scale
+    else:
+        value = (tl.load(codes + index, mask=mask, other=0).to(tl.float32) * scale) * _UNIT
+    return value
 
 
 @triton.jit(do_not_specialize=["tensor", "key_low", "key_high"])
 def _hadamard(
-    base, starts, out, y, length, tiles, tensor, key_low, key_high,
+    base, scales, table, starts, out, y, length, tiles, tensor, key_low, key_high,
     seeds: tl.constexpr, shift: tl.constexpr, groups: tl.constexpr, dtype: tl.constexpr, is_apart: tl.constexpr,
+    block: tl.constexpr, packing: tl.constexpr,
 ):  # fmt: skip
     """One tile. base, out: bits; y: float32 bits (seeds,); a segment of `length` weights is cut into `tiles`.
 
-    is_apart: base holds the segments alone, one after the other as `out` does.
-
+    is_apart: base holds the segments alone, one after the other as `out` does. packing: how base is packed, in codes
+    with scales for `block` weights each and, for halves, a table; otherwise these three are not looked at.
     Numbers of weights take 64 bits, places within the tile 32, which are faster.
     """
     tile: tl.constexpr = groups * 128
@@ -107,8 +132,11 @@ def _hadamard(
     lead = start - first  # below 0 in all tiles of a segment but its first
     mask = (within >= tl.maximum(lead, 0).to(tl.int32)) & (within < tl.minimum(lead + length, tile).to(tl.int32))
     place = segment.to(tl.int64) * length - lead
-    stored = tl.load(base + (place if is_apart else first) + within, mask=mask, other=0)
-    tl.store(out + place + within, _sum(stored, amount, dtype), mask=mask)
+    if packing == _PLAIN:
+        stored = tl.load(base + (place if is_apart else first) + within, mask=mask, other=0)
+    else:
+        stored = _rounded(_unpacked(base, scales, table, first + within, mask, block, packing), dtype)
+    tl.store(out + place + within, _rounded(_widened(stored, dtype) + amount, dtype), mask=mask)
 
 
 class TritonKernel(TorchKernel):
@@ -123,16 +151,20 @@ class TritonKernel(TorchKernel):
         segments, length = out.shape
         if not out.numel():
             return
-        if isinstance(base, Packed):
-            self.unpack(base, starts, out)
-            base = out
         seeds = padded.numel() - PADDING
         tile = min(_TILE, seeds, max(_GROUP, triton.next_power_of_2(length)))
         tiles = (length + tile - 2) // tile + 1  # a segment begins anywhere in its first tile
         bits = torch.int32 if out.element_size() == 4 else torch.int16
-        arguments = (base.view(bits), starts, out.view(bits), padded.view(torch.int32), length, tiles)
         settings = {"seeds": seeds, "shift": seeds.bit_length() - 1, "groups": tile // _GROUP}
-        settings |= {"dtype": _DTYPES[out.dtype], "is_apart": base.dim() == 2}
+        settings |= {"dtype": _DTYPES[out.dtype], "is_apart": False, "block": 1, "packing": _PLAIN.value}
+        if isinstance(base, Packed):
+            table = base.scales if base.table is None else base.table
+            kept = base.codes, base.scales, table
+            settings |= {"block": base.block, "packing": (_BYTES if base.table is None else _HALVES).value}
+        else:
+            kept = base.view(bits), padded, padded
+            settings["is_apart"] = base.dim() == 2
+        arguments = (*kept, starts, out.view(bits), padded.view(torch.int32), length, tiles)
         with torch.cuda.device_of(out):
             _hadamard[(segments * tiles,)](*arguments, tensor, _signed(pool_key), _signed(pool_key >> 32), **settings)
 
@@ -152,12 +184,19 @@ def prove(device: torch.device) -> None:
     padded = torch.cat((y, y[:PADDING]))
     starts = torch.tensor([0, 77, _PROOF_WEIGHTS - _PROOF_LENGTH], device=device)
     weights = 10.0 ** torch.empty(_PROOF_WEIGHTS).uniform_(-45, 4, generator=generator)  # subnormal ones among them
+    codes = torch.randint(0, 256, (_PROOF_WEIGHTS,), generator=generator, dtype=torch.uint8).to(device)
+    scales = weights[: -(-_PROOF_WEIGHTS // 64)].to(device)
+    packings = (
+        Packed(codes[: (_PROOF_WEIGHTS + 1) // 2], scales, 64, y[:16].contiguous()),
+        Packed(codes.view(torch.int8), scales, 701, None),
+    )
     for dtype in _DTYPES:
-        base = weights.to(dtype).to(device)
-        outs = []
-        for kernel in (TorchKernel(), TritonKernel()):
-            outs.append(torch.empty(len(starts), _PROOF_LENGTH, dtype=dtype, device=device))
-            kernel.add_hadamard(base, starts, outs[-1], tensor=3, padded=padded, pool_key=0xFEDC_BA98_7654_3210)
-        bits = torch.int32 if dtype == torch.float32 else torch.int16
-        if not torch.equal(outs[0].view(bits), outs[1].view(bits)):
-            raise RuntimeError(f"its weights in {dtype} differ from those of the torch kernel")
+        for base in (weights.to(dtype).to(device), *packings):
+            outs = []
+            for kernel in (TorchKernel(), TritonKernel()):
+                outs.append(torch.empty(len(starts), _PROOF_LENGTH, dtype=dtype, device=device))
+                kernel.add_hadamard(base, starts, outs[-1], tensor=3, padded=padded, pool_key=0xFEDC_BA98_7654_3210)
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            if not torch.equal(outs[0].view(bits), outs[1].view(bits)):
+                what = "packed weights" if isinstance(base, Packed) else "weights"
+                raise RuntimeError(f"its {what} in {dtype} differ from those of the torch kernel")
