@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from shared.errors import PeerError
 from shared.messages import Change, NumberFormat, Plan
-from shared.numbers import numbers_from_bytes, numbers_to_bytes
-from shared.ranges import MIN_EXPONENT
+from shared.numbers import NUMBER_BYTES, numbers_from_bytes, numbers_to_bytes
+from shared.ranges import MAX_EXPONENT, MIN_EXPONENT
 from shared.refusals import Refusal
 from shared.seeds import draw
 from shared.wire import seeds_from_bytes, seeds_to_bytes
 
+FEW_BITS = (4, 2, 1)
 NOTHING = Change(b"", 0, b"")
 _TOP = 15  # the largest value is scaled into [2**14, 2**15), where halves of both widths are still finite
 
@@ -36,6 +37,26 @@ def write_change(seeds: NDArray[np.int64] | None, values: NDArray[np.float64], f
     return Change(named, exponent, numbers_to_bytes(np.ldexp(values, -exponent), form))
 
 
+def write_few_bits(values: NDArray[np.float64], bits: int) -> Change:
+    """All K coefficients in 4, 2 or 1 bits each: float64 (K,), finite and within float32.
+
+    Number q stands for (2 q + 1 - 2**bits) * 2**exponent: no value is 0, and the largest are clamped. The exponent is
+    the one with the least squared error, so a writer should remember what it could not say.
+    """
+    if bits not in FEW_BITS:
+        raise ValueError(f"{bits} bits; allowed: {FEW_BITS}")
+    middle = math.frexp(math.sqrt(math.fsum((values * values).tolist()) / len(values)))[1]
+    top, best = 2**bits - 1, (math.inf, 0, np.zeros(len(values), np.uint8))
+    for exponent in range(middle - bits - 2, middle + 1):
+        exponent = min(max(exponent, MIN_EXPONENT), MAX_EXPONENT)
+        q = np.clip(np.floor(np.ldexp(values, -exponent - 1)) + 2 ** (bits - 1), 0, top)
+        left = values - np.ldexp(2 * q - top, exponent)
+        best = min(best, (float((left * left).sum()), exponent, q.astype(np.uint8)), key=lambda one: one[0])
+    _, exponent, q = best
+    places = np.arange(8 // bits, dtype=np.uint8) * bits
+    return Change(None, exponent, np.bitwise_or.reduce(q.reshape(-1, 8 // bits) << places, axis=1).tobytes())
+
+
 def read_change(
     change: Change, form: NumberFormat, pool: int, known: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -44,7 +65,11 @@ def read_change(
     known: the seeds of a change that names none and has not K values (`drawn_seeds`).
     Raises PeerError: MALFORMED, NON_FINITE, SEED_OUTSIDE_POOL or COEFFICIENT_COUNT.
     """
-    numbers = numbers_from_bytes(change.values, form)
+    bits = _bits(change, pool)
+    if bits is not None and (known is None or len(known) * NUMBER_BYTES[form] != len(change.values)):
+        numbers = _unpacked(change.values, bits)
+    else:
+        numbers = numbers_from_bytes(change.values, form)
     with np.errstate(over="ignore"):
         values = np.ldexp(numbers.astype(np.float64), change.exponent).astype(np.float32)
     if not np.isfinite(values).all():
@@ -58,6 +83,21 @@ def read_change(
     if len(values) != len(seeds):
         raise PeerError(Refusal.COEFFICIENT_COUNT, f"{len(values)} values for {len(seeds)} seeds")
     return seeds, values
+
+
+def _bits(change: Change, pool: int) -> int | None:
+    """How many bits each of all K numbers has, if fewer than 8."""
+    bits = len(change.values) * 8 // pool
+    is_packed = change.seeds is None and bits in FEW_BITS and len(change.values) * 8 == bits * pool
+    return bits if is_packed else None
+
+
+def _unpacked(data: bytes, bits: int) -> NDArray[np.float32]:
+    """The odd integers in packed bits, the lowest bits of a byte first, float32 (K,)."""
+    places = np.arange(8 // bits, dtype=np.uint8) * bits
+    q = (np.frombuffer(data, dtype=np.uint8)[:, None] >> places) & (2**bits - 1)
+    odd: NDArray[np.float32] = (2.0 * q.reshape(-1) - (2**bits - 1)).astype(np.float32)
+    return odd
 
 
 def add_change(

@@ -41,7 +41,14 @@ def f32_or(value, code):
 
 def read(change, form, pool, known):
     """Seeds and values of a change."""
-    need(len(change["values"]) % WIDTHS[form] == 0)
+    data = change["values"]
+    is_known = known is not None and len(data) == len(known) * WIDTHS[form]
+    if change["seeds"] is None and not is_known and len(data) in (pool // 2, pool // 4, pool // 8):
+        bits = 8 * len(data) // pool
+        codes = [byte >> place & (1 << bits) - 1 for byte in data for place in range(0, 8, bits)]
+        odd = [2 * q + 1 - (1 << bits) for q in codes]
+        return list(range(pool)), [f32_or(math.ldexp(x, change["exponent"]), "NON_FINITE") for x in odd]
+    need(len(data) % WIDTHS[form] == 0)
     values = [f32_or(math.ldexp(x, change["exponent"]), "NON_FINITE") for x in finite(change["values"], form)]
     if change["seeds"] is not None:
         seeds = list(struct.unpack(f"<{len(change['seeds']) // 2}H", change["seeds"]))

@@ -9,7 +9,7 @@ import second_changes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.changes import add_change, drawn_seeds, read_change, write_change
+from shared.changes import FEW_BITS, add_change, drawn_seeds, read_change, write_change, write_few_bits
 from shared.errors import PeerError
 from shared.messages import Change, Everyone, PlainStep, Plan
 from shared.refusals import Refusal
@@ -86,3 +86,43 @@ def test_a_change_past_float32_is_the_peers_fault():
     with pytest.raises(PeerError) as error:
         add_change(np.array([3e38], np.float32), np.array([0]), np.array([3e38], np.float32))
     assert error.value.refusal is Refusal.NON_FINITE
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(4, 0.985), (2, 0.85), (1, 0.6)])
+def test_few_bits_for_all_coefficients_keep_most_of_a_gaussian_change(bits, kept):
+    wanted = np.random.default_rng(bits).normal(size=4096) * 3e-4
+    change = write_few_bits(wanted, bits)
+    assert (change.seeds, len(change.values)) == (None, 4096 * bits // 8)
+    seeds, found = read_change(change, "f32", 4096)
+    assert seeds.tolist() == list(range(4096))
+    assert 1 - ((wanted - found) ** 2).sum() / (wanted**2).sum() > kept
+
+
+@pytest.mark.parametrize("bits", FEW_BITS)
+def test_both_readers_read_the_same_bits(bits):
+    change = write_few_bits(np.random.default_rng(7).normal(size=256), bits)
+    record = {name: getattr(change, name) for name in ("seeds", "exponent", "values")}
+    for form in ("f32", "f16", "f8"):
+        seeds, found = read_change(change, form, 256)
+        assert second_changes.read(record, form, 256, None) == (seeds.tolist(), found.tolist())
+
+
+def test_two_bits_are_four_odd_multiples_lowest_first():
+    change = Change(None, -3, b"\xe4" * 64)  # 0, 1, 2, 3 from the lowest bits up
+    assert read_change(change, "f16", 256)[1][:4].tolist() == [-3 / 8, -1 / 8, 1 / 8, 3 / 8]
+
+
+def test_what_few_bits_cannot_say_is_said_over_the_rounds():
+    wanted = np.random.default_rng(3).normal(size=256)
+    said = np.zeros(256)
+    for round_number in range(1, 41):
+        left = wanted * round_number - said
+        said += read_change(write_few_bits(left, 2), "f16", 256)[1]
+    assert np.sqrt(((said / 40 - wanted) ** 2).mean()) < 0.1  # a tenth of the values, where one round leaves a third
+
+
+def test_as_many_bytes_as_the_drawn_seeds_take_are_theirs():
+    drawn = np.arange(0, 256, 4)  # 64 of them: as f8 as long as 2 bits for all 256
+    change = write_change(None, np.ones(64), "f8")
+    assert read_change(change, "f8", 256, drawn)[0].tolist() == drawn.tolist()
+    assert len(read_change(change, "f8", 256)[0]) == 256

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from shared.changes import NOTHING, write_change
+from shared.changes import FEW_BITS, NOTHING, write_change, write_few_bits
 from shared.messages import Change, Listed, Message, PlainStep, Presence, Receipt, Snapshot, Threshold, Update
 from shared.wire import coefficients_to_bytes, encode, kind_of, scalars_to_bytes
 from tools.vectors_wire_form import MODEL_DIGEST, PLAN, PRESENCE, RUN, UPDATE, Scenario
@@ -83,6 +83,11 @@ def _changes() -> Iterator[Scenario]:
     dense = write_change(None, np.arange(-128, 128) / 1000, "f8")
     yield plan("-dense", "all K", dense, "f8", known_seeds=[3, 4])
     yield plan("-dense-all-drawn", "all K, and all were drawn", dense, "f8", known_seeds=list(range(256)))
+    for bits in FEW_BITS:
+        packed = write_few_bits(np.arange(-128, 128) / 1000, bits)
+        few = msgspec.structs.replace(UPDATE, scalars=b"", change=packed)
+        about = f"all K coefficients in {bits} bits each"
+        yield _of(f"update-change-{bits}-bits", about, few, scalar_format="f16", seeds=256)
     yield plan("-empty", "a round that changed nothing", NOTHING, "f16")
     last = write_change(np.array([65535], np.int64), np.array([1.0]), "f32")
     yield plan("-last-seed", "the last seed of the largest pool", last, "f32", seeds=65536)
