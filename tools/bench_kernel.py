@@ -1,7 +1,7 @@
 """The kernel of one device alone: `python -m tools.bench_kernel cuda` (or cpu), against a copy of the same bytes.
 
 One tensor of 2^26 weights is rebuilt in bf16 from a bf16, an nf4 and an int8 base. The baseline copies the bf16 base to
-the same memory, in alternation. On a GPU the goal is 80% of the copy's bandwidth: 1.25 times its time, from a bf16 base.
+the same memory, in alternation. On a GPU the goal is 80% of the copy's bandwidth: 1.25 times its time, from bf16.
 """
 
 from __future__ import annotations
