@@ -129,7 +129,8 @@ def fitting(
         refused.append(f"{form}: {found}")
     raise UserError(
         f"the model does not fit: {'; '.join(refused)} with one sequence of {work.length} tokens; "
-        f"{free / MB:.0f} MB are free ({source}). Free some memory, lower max_length, or take a smaller model."
+        f"{free / MB:.0f} MB are free ({source}). Free some memory, lower max_length, take a smaller model, "
+        "or try it all the same with form = loaded."
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from overlays import CountingKernel, overlay_of
 from tiny_models import CONFIGS, tiny_batch, tiny_ids, tiny_model
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from edge_client import placeholders
 from edge_client.bases import Base
@@ -57,6 +58,23 @@ def test_each_half_of_the_logits_is_that_of_its_probe(name: str) -> None:
         for found, step in ((plus, 1e-6), (minus, -1e-6)):
             with overlay.probe(3, step):
                 assert torch.equal(found, overlay.model(input_ids=tiny_ids()).logits)
+
+
+def test_an_encoder_decoder_pairs() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=101, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    overlay = overlay_of(T5ForConditionalGeneration(config).eval().requires_grad_(False))
+    inputs = {"input_ids": tiny_ids(2, 12), "decoder_input_ids": tiny_ids(seed=1)}  # its position bias is no batch
+    with torch.inference_mode():
+        with overlay.both_probes(3, EPS):
+            plus, minus = halves(overlay.model(**inputs).logits)
+        for found, step in ((plus, EPS), (minus, -EPS)):
+            with overlay.probe(3, step):
+                assert torch.equal(found, overlay.model(**inputs).logits)
+    assert not torch.equal(plus, minus)
 
 
 @pytest.mark.parametrize("kind", get_args(DirectionKind))

@@ -8,19 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from overlays import overlay_of
 from tiny_models import CONFIGS, tiny_batch, tiny_ids, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from edge_client import fit
+from edge_client.config import KernelConfig, ModelConfig
 from edge_client.estimator import Probe, two_point
 from edge_client.loss import labelled_loss
 from edge_client.model import load_model
 from edge_client.overlay import Overlay
+from edge_client.scopes import names_in
 from edge_client.streamed import load_streamed
+from edge_client.trainer import ModelTrainer
+from edge_client.tuned import select
 from shared.errors import UserError
-from shared.messages import WeightDtype
+from shared.messages import Run, WeightDtype
+from tests.test_fleet import reviews
+from tools.manifest import run_base
 
 STACKED = {"mixtral", "qwen2-moe"}  # experts that transformers 5 stacks when it loads them
 REPOSITORY = Path(__file__).parent.parent
@@ -73,6 +81,44 @@ def test_a_checkpoint_of_several_files_streams(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     streamed = overlay_of(load_streamed(source, "fp32").model)
     assert streamed.base_digest() == overlay_of(load_model(source, "fp32").model).base_digest()
+
+
+def test_a_part_of_a_streamed_model_is_tuned_like_that_of_a_loaded_one(tmp_path: Path) -> None:
+    source = saved(tmp_path, tiny_model("llama"))
+    overlays = []
+    for load in (load_streamed, load_model):
+        model = load(source, "fp32").model
+        only = names_in("norms", [tensor.name for tensor in select(model).manifest.tensors])
+        overlays.append(Overlay(model, pool_key=9, seeds=256, directions="hadamard", only=only))
+    streamed, loaded = overlays
+    assert streamed.manifest == loaded.manifest and streamed.base_digest() == loaded.base_digest()
+    assert step_of(streamed) == step_of(loaded) and streamed.is_paired
+
+
+@pytest.mark.parametrize(("free_mb", "form"), [(400, "loaded"), (fit.FIXED / fit.MB + 28, "streamed")])
+def test_the_agent_takes_the_form_that_fits_and_says_why(
+    free_mb: float, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = LlamaConfig(
+        vocab_size=101, hidden_size=512, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    saved(tmp_path / "model", LlamaForCausalLM(wide).to(torch.bfloat16))
+    monkeypatch.setattr(fit, "free_on", lambda device: (free_mb * fit.MB, "system"))
+    lines: list[str] = []
+    data = msgspec.structs.replace(reviews(tmp_path, "same"), max_length=64)
+    trainer = ModelTrainer(
+        "ann", data, model=ModelConfig(source=str(tmp_path / "model")), kernel=KernelConfig(name="torch"),
+        say=lines.append,
+    )  # fmt: skip
+    base = run_base(load_model(str(tmp_path / "model"), "bf16"), "bf16", "wide")
+    ready = trainer.load(
+        Run("demo", "wide", "bf16", "hadamard", 256, 9, base.manifest.pack(), base.manifest.digest(), base.base_digest,
+            "f32", "f32", False)
+    )  # fmt: skip
+    assert ready.base_digest == base.base_digest
+    assert trainer.overlay.is_paired == (form == "streamed")
+    assert lines[0].startswith("model: ") and f"{form} in bf16, " in lines[0] and lines[0].endswith("(system)")
 
 
 def broken(folder: Path, what: str) -> None:
@@ -141,8 +187,6 @@ except Exception as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit on memory with RLIMIT_DATA")
 def test_a_model_larger_than_the_memory_makes_the_same_step_streamed(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=101, hidden_size=512, intermediate_size=2048, num_hidden_layers=13, num_attention_heads=8,
