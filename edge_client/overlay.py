@@ -115,6 +115,7 @@ class Overlay:
             tuned.name: BaseWeights(tuned, number, self._scratch, self._added, self._probes)
             for number, tuned in enumerate(selection.tensors)
         }
+        # Both probes of a step share a pass; the estimator takes it back where the model's code cannot.
         self.is_paired = any(weights.base.is_far for weights in self._weights.values())
         self._is_probing = False
         self._is_attached = True
