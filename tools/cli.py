@@ -223,7 +223,7 @@ def vectors(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which: aggregator, learning, memory, packed, rebuild, step, wire; or all.")
+        str, typer.Argument(help="Which: all, aggregator, first-order, learning, memory, packed, rebuild, step, wire.")
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for its files; it must be on the disk to measure.")] = Path(
