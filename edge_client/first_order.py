@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ from edge_client.kept_steps import work_of
 from edge_client.model import LoadedModel
 from edge_client.overlay import Overlay
 from edge_client.shortage import Portions
-from shared.changes import read_change, write_change
+from shared.changes import FEW_BITS, read_change, write_change, write_few_bits
 from shared.errors import UserError
 from shared.messages import Change, NumberFormat, Plan, Run
 from shared.numbers import NUMBER_BYTES
@@ -159,13 +160,29 @@ def numbers_for(round_bytes: int, run: Run) -> int:
 
 
 def told(to_say: NDArray[np.float32], form: NumberFormat, numbers: int, longest: float) -> Change:
-    """The change as it travels: all of to_say (K,), or the `numbers` largest with their seeds.
+    """The change as it travels: all of to_say (K,), or what the bytes of `numbers` of them with their seeds can hold.
 
-    longest: the Euclidean norm that the aggregator takes; what is longer is told in part.
+    That is all K in as many bits as there is room for, which keeps more of it than the largest; those where there is
+    not even a bit for each. longest: the Euclidean norm that the aggregator takes; what is longer is told in part.
     """
-    seeds, values = None, to_say.astype(np.float64)
-    if numbers < len(values):
-        seeds = np.sort(np.argsort(-np.abs(values), kind="stable")[:numbers]).astype(np.int64)
-        values = values[seeds]
+    values = to_say.astype(np.float64)
+    if numbers >= len(values):
+        return write_change(None, _within(values, longest), form)
+    room = numbers * (NUMBER_BYTES[form] + _SEED_BYTES)
+    bits = next((bits for bits in FEW_BITS if len(values) * bits // 8 <= room), None)
+    if bits is not None:
+        return _in_few_bits(_within(values, longest), bits, longest)
+    seeds = np.sort(np.argsort(-np.abs(values), kind="stable")[:numbers]).astype(np.int64)
+    return write_change(seeds, _within(values[seeds], longest), form)
+
+
+def _within(values: NDArray[np.float64], longest: float) -> NDArray[np.float64]:
     norm = float(np.linalg.norm(values))
-    return write_change(seeds, values * min(1.0, _ROUNDING_ROOM * longest / norm) if norm else values, form)
+    return values * min(1.0, _ROUNDING_ROOM * longest / norm) if norm else values
+
+
+def _in_few_bits(values: NDArray[np.float64], bits: int, longest: float) -> Change:
+    change = write_few_bits(values, bits)
+    while float(np.linalg.norm(read_change(change, "f32", len(values))[1].astype(np.float64))) > longest:
+        change = msgspec.structs.replace(change, exponent=change.exponent - 1)  # a power of two is a coarse scale
+    return change

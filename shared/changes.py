@@ -45,7 +45,8 @@ def write_few_bits(values: NDArray[np.float64], bits: int) -> Change:
     """
     if bits not in FEW_BITS:
         raise ValueError(f"{bits} bits; allowed: {FEW_BITS}")
-    middle = math.frexp(math.sqrt(math.fsum((values * values).tolist()) / len(values)))[1]
+    length = math.sqrt(math.fsum((values * values).tolist()) / len(values))
+    middle = math.frexp(length)[1] if length else MIN_EXPONENT  # which float32 rounds to 0
     top, best = 2**bits - 1, (math.inf, 0, np.zeros(len(values), np.uint8))
     for exponent in range(middle - bits - 2, middle + 1):
         exponent = min(max(exponent, MIN_EXPONENT), MAX_EXPONENT)
