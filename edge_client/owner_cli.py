@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from msgspec.json import encode
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file that the agent was started with.")]
@@ -47,6 +46,8 @@ def doctor(
 
     Ends with 1 where something failed.
     """
+    from msgspec.json import encode
+
     from edge_client.doctor import check, checks
 
     findings = []
