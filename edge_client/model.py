@@ -16,9 +16,9 @@ import torch
 
 from edge_client import packed
 from edge_client.kernels import choose
-from edge_client.shortage import is_out_of_memory
+from edge_client.pretrained import Source, check_whole, dtype_keyword, first_line, from_pretrained, reading, stored
 from edge_client.tuned import DTYPES
-from shared.errors import UnavailableError, UserError
+from shared.errors import UserError
 from shared.messages import WeightDtype
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 LoadIn = Literal["auto", "4bit", "8bit", "unpacked"]
 _GGUF = ".gguf"
 _HEADS = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of architectures with a head for text
-_SHOWN = 3  # names in an error
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,6 @@ class LoadedModel:
     dtype: WeightDtype
     device: torch.device
     cast: tuple[str, ...]  # parameters that transformers keeps in another dtype and that were cast to `dtype`
-
-
-@dataclass(frozen=True)
-class Source:
-    """What from_pretrained is called with."""
-
-    given: str
-    name: str
-    arguments: dict[str, Any]
 
 
 # The model on the device, ready to be tuned, and `LoadedModel.cast`.
@@ -121,7 +111,7 @@ def _device(device: torch.device | str) -> torch.device:
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"the device {str(device)!r} cannot be used ({_first_line(error)}). Choose another one, such as cpu."
+            f"the device {str(device)!r} cannot be used ({first_line(error)}). Choose another one, such as cpu."
         ) from error
     return where
 
@@ -234,89 +224,11 @@ def _unpacked(found: Source, config: Any, dtype: torch.dtype) -> PreTrainedModel
     """A packed checkpoint without bitsandbytes: its files are read and unpacked here."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    stored = packed.unpacked(reading(found, lambda: _stored(found)), dtype)
+    weights = reading(found, lambda: packed.unpacked(stored(found), dtype))
     del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    arguments = {_dtype_keyword(): dtype, "config": config, "state_dict": stored}
+    arguments = {dtype_keyword(): dtype, "config": config, "state_dict": weights}
     model, report = reading(found, lambda: kind.from_pretrained(None, output_loading_info=True, **arguments))
-    _check_whole(found, report)
+    check_whole(found, report)
     packed.refuse_transposed(model)
     return model  # type: ignore[no-any-return]
-
-
-def _stored(found: Source) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint in safetensors, by their names in it."""
-    import json
-
-    from safetensors.torch import load_file
-    from transformers.utils.hub import cached_file
-
-    index = cached_file(
-        found.name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **found.arguments
-    )
-    names = {"model.safetensors"}
-    if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(names):
-        tensors |= load_file(str(cached_file(found.name, name, **found.arguments)))
-    return tensors
-
-
-def from_pretrained(found: Source, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
-    """What transformers makes of `found`, with `more` arguments. Raises UserError where weights are missing."""
-    import transformers
-
-    arguments = {_dtype_keyword(): dtype, **found.arguments, **more}
-    is_gguf = "gguf_file" in found.arguments
-    if is_gguf and hasattr(transformers, "GgufConfig"):
-        # Where it exists, the default may keep the weights packed, and forbids saving the model in any case.
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = reading(
-        found,
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(found.name, output_loading_info=True, **arguments),
-    )
-    _check_whole(found, report)
-    if is_gguf and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are unpacked; with it the model could not be saved again
-    return model  # type: ignore[no-any-return]
-
-
-def _dtype_keyword() -> str:
-    import transformers
-    from packaging.version import Version
-
-    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-
-
-def _check_whole(found: Source, report: Any) -> None:
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{found.given!r} lacks the weights {', '.join(missing[:_SHOWN])}"
-            f"{f' and {len(missing) - _SHOWN} more' if len(missing) > _SHOWN else ''}, which would start at random. "
-            "Give a whole checkpoint of a causal language model."
-        )
-
-
-def reading(found: Source, read: Any, what: str = "model") -> Any:
-    """What `read` returns; its errors as ours, whatever they are: parsers of five formats raise all kinds."""
-    try:
-        return read()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        text = _first_line(error)
-        if isinstance(error, OSError) and ("connect" in str(error).lower() or "offline" in str(error).lower()):
-            raise UnavailableError(
-                f"the model {found.given!r} is not in the local cache and the hub cannot be reached ({text}). "
-                "Connect, or give the path of a folder or a .gguf file."
-            ) from error
-        raise UserError(
-            f"the {what} of {found.given!r} cannot be loaded: {text} Check its name and files, "
-            "and that the installed transformers is new enough for it."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

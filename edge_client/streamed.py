@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from edge_client.bases import Add, BareWeights, Scratch
 from edge_client.checkpoint import Stored, stored_tensors
-from edge_client.model import LoadedModel, Source, load_model, prepare, reading
+from edge_client.model import LoadedModel, load_model, prepare
 from edge_client.placeholders import Placeholder
+from edge_client.pretrained import Source, reading
 from shared.errors import UserError
 from shared.messages import WeightDtype
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from edge_client.model import Source
+    from edge_client.pretrained import Source
 
 Width = Literal["4bit", "8bit"]
 Kind = Literal["nf4", "fp4"]
@@ -53,7 +53,7 @@ def packed_by_bitsandbytes(
     from transformers import AutoConfig
 
     from edge_client import packed
-    from edge_client.model import from_pretrained, reading
+    from edge_client.pretrained import from_pretrained, reading
 
     there = packed.width_of(reading(found, lambda: AutoConfig.from_pretrained(found.name, **found.arguments)))
     if there is not None or "gguf_file" in found.arguments:
