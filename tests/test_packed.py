@@ -6,15 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from overlays import POOL_KEY, SEEDS, overlay_of, random_coefficients
 from tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 from edge_client import packed
+from edge_client.config import KernelConfig, ModelConfig
 from edge_client.model import LoadedModel, LoadIn, load_model
 from edge_client.overlay import Overlay
+from edge_client.trainer import ModelTrainer
 from shared.errors import UserError
+from shared.wire import coefficients_to_bytes
+from tests.test_fleet import reviews
+from tests.test_trainer import WORK, run_of, update_of
 
 CPU = torch.device("cpu")
 
@@ -235,3 +241,19 @@ def test_a_packed_tensor_of_the_wrong_size_is_refused_by_name(spoilt: str) -> No
     assert packed.checked("a.b", right, 5) is right
     with pytest.raises(UserError, match=r"'a\.b' is packed in"):
         packed.checked("a.b", replace(right, **{spoilt: torch.zeros(2, dtype=torch.uint8)}), 5)
+
+
+def test_an_agent_trains_a_packed_model_and_says_so(tmp_path: Path) -> None:
+    folder = str(quantised(tmp_path))
+    said: list[str] = []
+    updates = []
+    for load_in in ("auto", "unpacked"):
+        model = ModelConfig(source=folder, load_in=load_in)  # type: ignore[arg-type]
+        kernel = KernelConfig(name="torch")
+        trainer = ModelTrainer("ann", reviews(tmp_path, "same"), model=model, kernel=kernel, say=said.append)
+        trainer.load(run_of())
+        trainer.rebuild(3, coefficients_to_bytes(random_coefficients()))
+        updates.append(update_of(trainer.train(WORK, b"d" * 16)))
+    assert any("model: 14 linear layers stay packed in 4bit (as the checkpoint has them)" in line for line in said)
+    assert "model: unpacked to torch.float32, as was asked for" in said
+    assert np.array_equal(*updates) and len(updates[0]) == WORK.local_steps
