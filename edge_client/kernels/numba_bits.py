@@ -3,8 +3,8 @@
 Arrays tell the weight's dtype to numba: uint16 holds bfloat16 bits, int16 holds float16 bits, float32 is itself.
 uint32() around each integer operation keeps numba from widening it to 64 bits.
 
-numba caches machine code by the date of the file that holds a cached function: who changes this file alone must empty
-`__pycache__`, or the code that other files made of it stays.
+numba caches machine code by the date of the file that holds a cached function: who changes this file or `numba_base`
+alone must empty `__pycache__`, or the code that other files made of them stays.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, call-overload, operator, attr-defined"
