@@ -1,8 +1,8 @@
 """A device that has exact gradients, in a round: steps, what is kept of them, and the update that tells them.
 
-The update has the form of a change of coefficients (PROTOCOL.md): all K numbers, in fewer bits each where the owner's byte
-budget has no room for them as they are, and only the largest where there is not a bit for each. What the update leaves
-out, by rounding or for want of room, the next one tells.
+The update has the form of a change of coefficients (PROTOCOL.md): all K numbers, in fewer bits each where the owner's
+byte budget has no room for them as they are, and only the largest where there is not a bit for each. What the update
+leaves out, by rounding or for want of room, the next one tells.
 """
 
 from __future__ import annotations
