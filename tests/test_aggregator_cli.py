@@ -129,7 +129,7 @@ def test_every_create_flag_is_a_setting() -> None:
 
     flags = set(inspect.signature(cli.create).parameters) - cli._NOT_SETTINGS - {"context"}
     assert flags <= set(RunConfig.__struct_fields__)
-    assert len(flags) == 19
+    assert len(flags) == 22
 
 
 def test_the_store_is_found_through_the_environment(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
