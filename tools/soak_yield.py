@@ -24,7 +24,7 @@ from tools.out_folder import prepare_folder
 from tools.processes import Child, crew
 from tools.soak_check import read_metrics
 from tools.soak_world import AGENTS, RUN, World, create_command, join_command, make_world, serve_command
-from tools.yield_check import Cycle, Seen, measure, violations
+from tools.yield_check import Cycle, Seen, longest_step, measure, violations
 from tools.yield_loads import Loads, can_unplug
 from tools.yield_report import YieldReport
 from tools.yield_schedule import Kind, Load, schedule
@@ -35,6 +35,8 @@ AFTER_S = 6.0  # of work after a load
 PATIENCE_S = 300.0  # besides the quiet time, for the agent to be at work
 SHORT_S = 60.0
 AGENT = AGENTS[0]
+ENDING_S = 180.0  # the step under way is finished first
+TINY_MB, REAL_MB = 700.0, 6000.0  # that the agent takes at most
 TINY_STEPS, REAL_STEPS = 2000, 20  # of a round: long enough that a load finds it half done
 
 Say = Callable[[str], None]
@@ -85,7 +87,7 @@ def run_soak_yield(settings: YieldSettings, say: Say) -> YieldReport:
     world = World(settings.out.resolve())
     prepare_folder(world.out, "soak-yield")
     _make_world(world, settings)
-    loads = Loads(world.out / "power_supply")
+    loads = Loads(world.out / "power_supply", TINY_MB if settings.model is None else REAL_MB)
     kinds = settings.kinds or tuple(kind for kind in get_args(Kind) if kind != "mains" or can_unplug())
     with ExitStack() as stack:
         broker = start_broker(world.out / "broker", kind="mosquitto")
@@ -93,7 +95,8 @@ def run_soak_yield(settings: YieldSettings, say: Say) -> YieldReport:
         members = stack.enter_context(crew())
         address = f"{broker.host}:{broker.port}"
         create = create_command(world, settings.seed, deadline=86_400, local_steps=settings.local_steps, quorum=1)
-        members.finish(members.start("kseed-aggregator create", create, world.log("create", 1), {}), SHORT_S)
+        plain = {"KSEED_RUN_EVALUATE_EVERY": "0"}  # local steps alone
+        members.finish(members.start("kseed-aggregator create", create, world.log("create", 1), plain), SHORT_S)
         serving = serve_command(world, address)
         members.start("aggregator", serving, world.log("aggregator", 1), {})
         command = [*join_command(world, AGENT, address, ("--gate",)), "--state-dir", str(world.out / "state")]
@@ -109,7 +112,7 @@ def run_soak_yield(settings: YieldSettings, say: Say) -> YieldReport:
             cycles.append(_cycle(load, settings, loads, watch, agent))
             say(_line(cycles[-1]))
         agent.process.terminate()
-        members.finish(agent, SHORT_S)
+        members.finish(agent, ENDING_S)
     return _report(settings, world, cycles)
 
 
@@ -143,7 +146,8 @@ def _cycle(load: Load, settings: YieldSettings, loads: Loads, watch: Watch, agen
     _wait_for_work(load.calm_s, settings.quiet_s, seen, look)
     seen.began_s = time.monotonic()
     with loads.on(load.kind):
-        while look().at_s < seen.began_s + load.load_s:
+        from_s = seen.began_s if load.kind != "memory" else _when_taken(seen, look)
+        while look().at_s < from_s + load.load_s:
             pass
     seen.ended_s = time.monotonic()
     working_s: float | None = None
@@ -153,6 +157,14 @@ def _cycle(load: Load, settings: YieldSettings, loads: Loads, watch: Watch, agen
         if working_s is not None and glance.at_s - working_s >= AFTER_S:
             break
     return measure(seen)
+
+
+def _when_taken(seen: Seen, look: Callable[[], Glance]) -> float:
+    """When there is less memory than the floor: it takes a while to take it."""
+    while (glance := look()).free_mb >= seen.memory_floor_mb:
+        if glance.at_s - seen.began_s > PATIENCE_S:
+            raise UnavailableError(f"the load did not get below {seen.memory_floor_mb:.0f} MB of free memory")
+    return glance.at_s
 
 
 def _wait_for_work(calm_s: float, quiet_s: float, seen: Seen, look: Callable[[], Glance]) -> None:
@@ -165,7 +177,7 @@ def _wait_for_work(calm_s: float, quiet_s: float, seen: Seen, look: Callable[[],
             if glance.at_s - began_s > PATIENCE_S + quiet_s:
                 why = glance.reason or "it takes no step"
                 raise UnavailableError(f"the agent is not at work, so it cannot yield: {why}")
-        elif glance.at_s - seen.glances[0].at_s >= calm_s:
+        elif glance.at_s - seen.glances[0].at_s >= calm_s and longest_step(seen.glances):
             return
 
 

@@ -16,28 +16,28 @@ from tools.yield_schedule import Kind
 
 SUPPLIES = Path("/sys/class/power_supply")
 _BURN = "while True: sum(range(100_000))"
-# Bit by bit, so that this is a load of the memory and not of the CPU.
+# Bit by bit, so that this is a load of the memory and not of the CPU, until so little is left (bytes).
 _TAKE = """
 import sys, time
 taken = []
 while True:
-    if len(taken) < int(sys.argv[1]):
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    if free > int(sys.argv[1]):
         taken.append(b"1" * 32_000_000)
-    time.sleep(float(sys.argv[2]))
+    time.sleep(0.05)
 """
-_MOST_PARTS, _PART_MB, _PART_S = 125, 32, 0.05
+_FLOOR, _BELOW = 0.8, 0.97  # of what is free beside the agent, which works again at 1.1 times its floor; of the floor
 _BATTERY = {"type": "Battery", "present": "1", "energy_now": "40000000", "energy_full": "50000000"}
 
 
 class Loads:
     """The loads of one soak. `folder` holds the supplies that the agent sees instead of the machine's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, agent_mb: float) -> None:
+        """agent_mb: what the agent takes at most, 10^6 bytes."""
         self._folder = folder
-        free_mb = psutil.virtual_memory().available / MB
-        self._parts = min(_MOST_PARTS, int(free_mb / 3 / _PART_MB))
-        # Memory that is free without this soak's load, and not with it.
-        self.memory_floor_mb = free_mb - self._parts * _PART_MB / 2
+        self.memory_floor_mb = _FLOOR * (psutil.virtual_memory().available / MB - agent_mb)
         for name, facts in (("AC", {"type": "Mains"}), ("BAT0", _BATTERY)):
             (folder / name).mkdir(parents=True)
             for key, value in facts.items():
@@ -63,7 +63,7 @@ class Loads:
             finally:
                 self._plug(True)
             return
-        words = [_BURN] if kind == "cpu" else [_TAKE, str(self._parts), str(_PART_S)]
+        words = [_BURN] if kind == "cpu" else [_TAKE, str(int(_BELOW * self.memory_floor_mb * MB))]
         count = os.cpu_count() or 1 if kind == "cpu" else 1
         running = [subprocess.Popen([sys.executable, "-c", *words]) for _ in range(count)]
         try:
