@@ -12,6 +12,7 @@ import pytest
 from aggregator import admission, intake, listing
 from aggregator.attendance import Attendance, Seen
 from aggregator.events import SendReceipt
+from aggregator.lock import RunLock
 from aggregator.rounds import step
 from aggregator.service import Service
 from aggregator.store import Store
@@ -194,6 +195,7 @@ def test_who_is_there_is_kept_in_the_store_and_counts_for_over_selection(tmp_pat
     setting.run(turns=2)
     setting.clock.now_ms += 5_000
     setting.run()
+    lock = RunLock.take(setting.path, "night", wait_s=0)  # as the process that serves it holds it
     with Store.open(setting.path, may_write=False) as reader:
         assert sorted(reader.presences("night")) == names
         assert reader.presences("night")["d3"].is_online
@@ -201,6 +203,7 @@ def test_who_is_there_is_kept_in_the_store_and_counts_for_over_selection(tmp_pat
         assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("d3 ")] == [
             "online, on battery"
         ]
+    lock.release()
     assert setting.state.progress.online == 8
     assert setting.state.progress.part == 1.0  # the first round began before anyone was heard
 
