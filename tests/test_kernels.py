@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
+import numba
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from edge_client.kernels import PADDING, Kernel, SumKind, Terms, choose
+from edge_client.kernels import PADDING, Kernel, SumKind, Terms, choose, numba_bits
+from edge_client.kernels.numba_bits import cache_folder
 from edge_client.kernels.numba_cpu import NumbaKernel
 from edge_client.kernels.torch_any import TorchKernel
 from shared import directions
@@ -223,6 +227,19 @@ def test_terms_are_added_one_rounding_at_a_time() -> None:
         terms = Terms(torch.from_numpy(seeds), torch.from_numpy(amounts))
         kernel.accumulate(sums, tensor=TENSOR, kind=kind, pool_key=POOL_KEY, terms=terms)
         assert np.array_equal(bits(sums), wanted.view(np.int32)), name
+
+
+def test_machine_code_is_kept_apart_for_each_state_of_the_sources(tmp_path: Path) -> None:
+    kernels = Path(numba_bits.__file__).parent
+    assert cache_folder(kernels) == numba.config.CACHE_DIR or "NUMBA_CACHE_DIR" in os.environ
+    for source in kernels.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    folders = {cache_folder(tmp_path)}
+    for changed in ("numba_bits.py", "numba_base.py", "numba_cpu.py"):
+        with (tmp_path / changed).open("a") as file:
+            file.write("# changed\n")
+        folders.add(cache_folder(tmp_path))
+    assert len(folders) == 4
 
 
 def test_the_cpu_gets_numba_and_every_choice_has_a_reason() -> None:

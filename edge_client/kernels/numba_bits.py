@@ -3,16 +3,32 @@
 Arrays tell the weight's dtype to numba: uint16 holds bfloat16 bits, int16 holds float16 bits, float32 is itself.
 uint32() around each integer operation keeps numba from widening it to 64 bits.
 
-numba caches machine code by the date of the file that holds a cached function: who changes this file or `numba_base`
-alone must empty `__pycache__`, or the code that other files made of them stays.
+Every numba module of this folder imports this one first, so the folder of their machine code is chosen here.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, call-overload, operator, attr-defined"
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
-from numba import njit, uint16, uint32
+from numba import config, njit, uint16, uint32
 from numba.extending import overload
+
+
+def cache_folder(kernels: Path) -> str:
+    """Where numba keeps machine code of the sources in the folder `kernels`: another folder for each state of them.
+
+    numba itself looks at the file alone that holds a cached function (0.68: its content, before: its date). After an
+    update that changes what such a function calls in another file it would go on with the old code, and the bits differ.
+    """
+    sources = b"".join(source.read_bytes() for source in sorted(kernels.glob("*numba*.py")))
+    return str(kernels / "__pycache__" / f"numba-{hashlib.sha256(sources).hexdigest()[:16]}")
+
+
+if not config.CACHE_DIR:  # NUMBA_CACHE_DIR is its user's matter
+    config.CACHE_DIR = cache_folder(Path(__file__).parent)
 
 _HALF_SMALLEST_NORMAL = 0x38800000  # 2**-14 as float32
 _HALF_OVERFLOW = 0x477FF000  # 65520: rounds to infinity in float16
