@@ -21,7 +21,7 @@ def cache_folder(kernels: Path) -> str:
     """Where numba keeps machine code of the sources in the folder `kernels`: another folder for each state of them.
 
     numba itself looks at the file alone that holds a cached function (0.68: its content, before: its date). After an
-    update that changes what such a function calls in another file it would go on with the old code, and the bits differ.
+    update that changes what such a function calls in another file it would go on with the old code and its bits.
     """
     sources = b"".join(source.read_bytes() for source in sorted(kernels.glob("*numba*.py")))
     return str(kernels / "__pycache__" / f"numba-{hashlib.sha256(sources).hexdigest()[:16]}")
