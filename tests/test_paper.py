@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from aggregator.algorithms import Contribution, Contributions, FedKSeed, FedKSeedPro
+from aggregator.algorithms import Contribution, Contributions, FedKSeed, FedKSeedPro, State
+from aggregator.next_version import NextVersion, next_version, same_version
 from shared import directions, seeds, steprule
 from shared.manifest import Manifest, Tensor
 from shared.messages import PlainStep
@@ -159,7 +160,11 @@ def our_client(kind: str, coefficients: np.ndarray, device: str, round_number: i
     return local, np.array(scalars, dtype=np.float32)
 
 
-def our_server(coefficients: np.ndarray, scalars_of: dict[str, np.ndarray], round_number: int) -> np.ndarray:
+def version_0() -> NextVersion:
+    return same_version(np.zeros(SEEDS, dtype=np.float32), np.zeros(SEEDS, dtype=np.float32))
+
+
+def our_server(before: NextVersion, scalars_of: dict[str, np.ndarray], round_number: int) -> NextVersion:
     contributions = [
         Contribution(
             device,
@@ -170,7 +175,8 @@ def our_server(coefficients: np.ndarray, scalars_of: dict[str, np.ndarray], roun
         )
         for device, scalars in scalars_of.items()
     ]
-    return FedKSeed(weighs_samples=True).apply(None, coefficients, Contributions.of(contributions))[1]
+    combined = FedKSeed(weighs_samples=True).apply(State(), Contributions.of(contributions), SEEDS)[1]
+    return next_version(before.coefficients, before.carried, combined, "f32", None)
 
 
 def scalars_of(history: list[tuple[int, float]]) -> np.ndarray:
@@ -188,16 +194,16 @@ def assert_same(ours: Weights, papers: Weights) -> None:
 @pytest.mark.parametrize("kind", ("hadamard", "rademacher"))
 def test_a_whole_run_is_the_papers_to_the_bit(kind):
     """Ours takes its own steps: same scalars, same local weights, same model after every round."""
-    coefficients = np.zeros(SEEDS, dtype=np.float32)
+    version = version_0()
     for round_number, paper in enumerate(paper_run(kind)):
         scalars = {}
         for device in SAMPLES:
-            local, scalars[device] = our_client(kind, coefficients, device, round_number)
+            local, scalars[device] = our_client(kind, version.coefficients, device, round_number)
             assert scalars[device].tolist() == [scalar for _, scalar in paper.histories[device]]
             assert np.any(scalars[device] != 0)
             assert_same(our_weights(kind, local), paper.local_weights[device])
-        coefficients = our_server(coefficients, scalars, round_number)
-        assert_same(our_weights(kind, coefficients), paper.weights)
+        version = our_server(version, scalars, round_number)
+        assert_same(our_weights(kind, version.coefficients), paper.weights)
 
 
 def test_the_exactness_this_file_relies_on_holds():
@@ -211,10 +217,11 @@ def test_the_exactness_this_file_relies_on_holds():
 
 def test_gaussian_weights_are_the_papers_within_the_roundings():
     """Same seeds and scalars. Per term one rounded product and one rounded sum on each side, plus the last sum."""
-    coefficients = np.zeros(SEEDS, dtype=np.float32)
+    version = version_0()
     for round_number, paper in enumerate(paper_run("gaussian")):
         scalars = {device: scalars_of(history) for device, history in paper.histories.items()}
-        coefficients = our_server(coefficients, scalars, round_number)
+        version = our_server(version, scalars, round_number)
+        coefficients = version.coefficients
         ours = our_weights("gaussian", coefficients)
         nonzero = np.flatnonzero(coefficients)
         moved = {name: np.zeros(value.shape) for name, value in ours.items()}
@@ -267,7 +274,7 @@ def test_pro_probabilities_by_hand():
     # Means with the initial observation of 0: (0+2+4)/3, 0/1, (0+1)/2, (0+2)/2 = 2, 0, 1/2, 1; scaled 1, 0, 1/4, 1/2.
     pro = FedKSeedPro(FedKSeed())
     updates = [contribution("alpha", [(0, 2.0), (3, -2.0)]), contribution("beta", [(0, -4.0), (2, 1.0)])]
-    state, _, _ = pro.apply(pro.init(4), np.zeros(4, dtype=np.float32), Contributions.of(updates))
+    state, _, _ = pro.apply(pro.init(4), Contributions.of(updates), 4)
     levels = pro.levels(state)
     assert levels is not None
     assert list(levels) == [255, 0, 64, 128]
@@ -284,10 +291,9 @@ def test_pro_probabilities_follow_the_papers_over_many_steps():
     pairs = [(int(generator.integers(SEEDS)), float(np.float32(generator.normal(0, 600)))) for _ in range(2000)]
     pro = FedKSeedPro(FedKSeed())
     state = pro.init(SEEDS)
-    coefficients = np.zeros(SEEDS, dtype=np.float32)
     for device in range(4):
         one = Contributions.of([contribution(f"d{device}", pairs[device::4])])
-        state, coefficients, _ = pro.apply(state, coefficients, one)
+        state, _, _ = pro.apply(state, one, SEEDS)
     levels = pro.levels(state)
     assert levels is not None
     history: list[list[float]] = [[0.0] for _ in range(SEEDS)]
