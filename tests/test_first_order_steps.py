@@ -24,7 +24,7 @@ def plan(local_steps: int = 25, step: NormalisedStep | PlainStep = RULE) -> Plan
     return Plan(
         round=0, phase="open", nonce=bytes(range(16)), local_steps=local_steps, batch_size=3, eps=1e-3, step=step,
         participation=Everyone(), common_seeds=False, levels=None, evaluate=False, published_at_ms=0, deadline_s=60.0,
-        reason="",
+        reason="", change=None,
     )  # fmt: skip
 
 
