@@ -4,7 +4,8 @@ The baseline is MeZO's and FedKSeed's rule on all weights, `a[k] -= lr * g`, wit
 counts. kseed's recipe is the preset `upper`: a normalised step that is steered by held-out loss, on the upper third
 of the layers (`edge_client.scopes`). Both are run configurations, learn from the same examples by the same code
 (`tools.bench_learning_fleet`), and are judged on examples that no device has. A forward pass is that of one batch;
-those of held-out evaluations count too. Then fleets: what 1 and 4 devices reach in a round, averaged and added up.
+those of held-out evaluations count too. The recipe runs again with its numbers in 16 and 8 bits on the wire. Then
+fleets: what 1 and 4 devices reach in a round, averaged and added up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
+
 from aggregator.config import RunConfig, ServerScale, UpperRunConfig
 from edge_client.scopes import Scope
+from shared.messages import NumberFormat
 from tools.bench import Asked, BenchResult, Measured, load, machine
 from tools.bench_step import in_process, model_of
 
@@ -26,6 +30,7 @@ STEPS = 20  # local steps of a round
 FLEET_STEPS = 5
 PLAIN_RATES = (1e-5, 3e-5, 1e-4)  # FedKSeed's own is 3e-7, MeZO's 1e-7 to 1e-5, for larger models
 RECIPE = "recipe"
+FORMATS: tuple[NumberFormat, ...] = ("f16", "f8")  # besides f32, of scalars and of changes
 GOAL = "<= 0.33"
 
 
@@ -52,10 +57,23 @@ class Sizes:
     rates: tuple[float, ...]
     fleets: tuple[int, ...]
     fleet_rounds: int
+    has_formats: bool  # the recipe with shorter numbers as well
 
 
-FULL = Sizes(3, forwards=300, every=50, judged=60, held_out=24, rates=PLAIN_RATES, fleets=(1, 4), fleet_rounds=6)
-QUICK = Sizes(1, forwards=20, every=10, judged=16, held_out=8, rates=(3e-5,), fleets=(), fleet_rounds=0)
+FULL = Sizes(
+    3,
+    forwards=300,
+    every=50,
+    judged=60,
+    held_out=24,
+    rates=PLAIN_RATES,
+    fleets=(1, 4),
+    fleet_rounds=6,
+    has_formats=True,
+)
+QUICK = Sizes(
+    1, forwards=20, every=10, judged=16, held_out=8, rates=(3e-5,), fleets=(), fleet_rounds=0, has_formats=False
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,17 @@ def arms(sizes: Sizes) -> list[Arm]:
         Arm(f"plain, lr {rate:g}", RunConfig(local_steps=STEPS, step="plain", lr=rate, eps=1e-3, evaluate_every=0))
         for rate in sizes.rates
     ]
-    return [*plain, Arm(RECIPE, UpperRunConfig(local_steps=STEPS), "upper")]
+    recipe = UpperRunConfig(local_steps=STEPS)
+    short = [
+        Arm(short_recipe(form), msgspec.structs.replace(recipe, scalar_format=form, change_format=form), "upper")
+        for form in (FORMATS if sizes.has_formats else ())
+    ]
+    return [*plain, Arm(RECIPE, recipe, "upper"), *short]
+
+
+def short_recipe(form: NumberFormat) -> str:
+    """The name of the recipe's arm with all its numbers in `form`."""
+    return f"{RECIPE} in {form}"
 
 
 def fleets(sizes: Sizes) -> list[Arm]:
@@ -130,6 +158,11 @@ def rows_of(curves: Sequence[Curve]) -> Iterator[Measured]:
     pairs = zip(by_arm[RECIPE], plain[best], strict=True)
     parts = tuple(ours.forwards_to(theirs.loss) / theirs.points[-1][0] for ours, theirs in pairs)
     yield Measured("forwards of the recipe to the loss of the best plain, / its own", "x", parts, GOAL, f"{best}")
+    for form in FORMATS:
+        if (name := short_recipe(form)) in by_arm:
+            pairs = zip(by_arm[name], by_arm[RECIPE], strict=True)
+            more = tuple(short.loss - long.loss for short, long in pairs)
+            yield Measured(f"{name}: loss at the end above that in f32", "nats", more, "", "same seed in f32")
 
 
 def _main(source: str, data: str, how: str) -> None:
