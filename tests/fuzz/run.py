@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 # Instrumented code is slow: for each target, what there is to find in it.
 INSTRUMENTED = {
-    "wire": ["shared.wire", "shared.ranges"],
-    "both": ["shared.wire", "shared.ranges", "second_decoder", "second_msgpack"],
+    "wire": ["shared.wire", "shared.ranges", "shared.numbers", "shared.changes"],
+    "both": ["shared.wire", "shared.ranges", "shared.numbers", "shared.changes", "second_decoder", "second_msgpack"],
     "manifest": ["shared.manifest", "second_maths"],
     "delta": ["shared.delta"],
     "topic": ["shared.topics", "fuzz.targets"],
