@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -16,10 +13,9 @@ from shared.mqtt import MqttTransport
 from shared.reconnecting import ReconnectPolicy
 from shared.transport import Connected, Delivered, Received, Transport
 from tests.brokers import config_of, needs_mosquitto, running_broker
+from tests.transport_clients import connected, subscribed, wait_for
 
 Make = Callable[..., Transport]
-E = TypeVar("E")
-DEADLINE_S = 20.0
 
 
 @pytest.fixture(
@@ -56,44 +52,6 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
 @pytest.fixture
 def make(network: tuple[str, Make]) -> Make:
     return network[1]
-
-
-def wait_for(transport: Transport, kind: type[E] | tuple[type[E], ...]) -> E:
-    """The next event of `kind`; others are passed over."""
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        event = transport.poll(0.5)
-        if isinstance(event, kind):
-            return event
-    raise AssertionError(f"no {kind} within {DEADLINE_S} s")
-
-
-MARKS = itertools.count()
-
-
-def connected(transport: Transport) -> Transport:
-    transport.start()
-    wait_for(transport, Connected)
-    return transport
-
-
-def subscribed(transport: Transport, topic_filter: str) -> Transport:
-    """Subscribe, and wait until the broker has it: what one sends oneself after it comes back.
-
-    The mark is retained, because amqtt does not keep the order of a subscription and a publication that follow each
-    other at once (seen from Python 3.12 on).
-    """
-    mark_topic = f"marks/{next(MARKS)}"
-    transport.subscribe(topic_filter)
-    transport.subscribe(mark_topic)
-    token = transport.publish(mark_topic, b"mark", retain=True)
-    events = [wait_for(transport, (Received, Delivered)) for _ in range(2)]  # in either order
-    assert Delivered(token) in events  # else a broken connection would send it a second time
-    mark = next(event for event in events if isinstance(event, Received))
-    assert mark.payload == b"mark"
-    mark.acknowledge()
-    transport.unsubscribe(mark_topic)
-    return transport
 
 
 def test_publication_reaches_subscribers_and_is_reported_delivered(make: Make) -> None:
