@@ -21,9 +21,9 @@ from shared.paho_link import MOST_UNACKNOWLEDGED
 from shared.refusals import Refusal
 from shared.transport import Connected, Delivered, Received
 from shared.wire import decode, encode, scalars_to_bytes
+from tests.aggregator_setting import Device, Setting
 from tests.brokers import config_of, needs_mosquitto, running_mosquitto
 from tests.runs import START_MS, after, arrival, opened, spec_of, update_of
-from tests.test_aggregator_service import Device, Setting
 
 
 class Stuck:

@@ -15,8 +15,8 @@ from aggregator.store import Store
 from aggregator.verification import verify
 from shared.errors import UnavailableError, UserError
 from shared.refusals import Refusal
+from tests.aggregator_setting import Device, Setting
 from tests.runs import START_MS, spec_of, update_of
-from tests.test_aggregator_service import Device, Setting
 
 ROOT = Path(__file__).parent.parent
 
