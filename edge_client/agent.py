@@ -52,6 +52,7 @@ from shared.transport import Delivered, Received, Transport, Undelivered
 from shared.transport import Event as TransportEvent
 from shared.wire import encode
 
+EXIT_BROKEN = 1  # as Python ends after an exception that nobody expected
 IDLE_S = 1.0  # how long an idle agent sleeps at a time: ctrl-C and timeouts are heard this late
 
 
@@ -123,8 +124,11 @@ class Agent:
         try:
             while self.run_once(IDLE_S):
                 pass
-        except BaseException:
+        except BaseException as error:
             self._feed(Leave())  # the offline presence goes out, whatever happened
+            text = f"the agent broke: {type(error).__name__}: {' '.join(str(error).split())}"
+            self.ending = Finish(EXIT_BROKEN, text)
+            self._screen.say(f"error: {text}")
             raise
         finally:
             self.close()

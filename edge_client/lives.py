@@ -29,8 +29,9 @@ from edge_client.state import Identity, Limits
 from edge_client.state_files import Owner
 from edge_client.status import duration
 from edge_client.tally import MetricsFile
-from edge_client.telling import Teller, tell_failure
+from edge_client.telling import IDLE_S, Teller, tell_failure
 from edge_client.watching.machine import Machine
+from shared.errors import UserError
 from shared.messages import Plan, Run
 
 AWAY_S = 86_400  # how long the broker keeps receipts and changes for a device that is away
@@ -90,10 +91,16 @@ class Lives:
     def many(self) -> Finish:
         """Live until the owner wants the end, or another agent has this device's id; says how the last one ended."""
         limits = Limits(connect_timeout_s=None, run_timeout_s=None, waits_after_end=True)
-        failures = 0
+        lives = failures = 0
         while True:
             began_s = time.monotonic()
-            ending = self.one(limits)
+            try:
+                ending = self.one(limits)
+            except UserError as error:
+                if not lives:
+                    raise  # it cannot begin at all
+                ending = Finish(error.exit_code, str(error))  # such as a certificate that is being replaced just now
+            lives += 1
             if ending.is_taken or self._is_over(ending):
                 return ending
             if ending.exit_code == 0:
@@ -110,12 +117,14 @@ class Lives:
     def _rest(self, why: str, wait_s: float) -> bool:
         """Wait after a failure; False where the owner wants the end meanwhile."""
         board, until_s = self._place.board, time.monotonic() + wait_s
-        text = f"{why} Trying again in {duration(wait_s)}."
-        self._screen.say(f"error: {text}")
-        tell_failure(board, text, unix_ms())
+        self._screen.say(f"error: {why} Trying again in {duration(wait_s)}.")
+        told_s = float("inf")
         while (left_s := until_s - time.monotonic()) > 0:
             if self._is_leaving or board.is_finish_asked():
                 return False
+            if told_s - left_s >= IDLE_S:  # else its status would grow old, as that of an agent that hangs
+                tell_failure(board, f"{why} Trying again in {duration(left_s)}.", unix_ms())
+                told_s = left_s
             time.sleep(min(left_s, POLL_S))
         return True
 

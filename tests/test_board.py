@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from edge_client.board import STATUS, WISH, Board, Life
+from edge_client.board import LOCK, STATUS, WISH, Board, Life
 from edge_client.policy import Wish
 from edge_client.state_files import Disk
 from shared.errors import UnavailableError, UserError
@@ -55,6 +57,14 @@ def test_asking_who_lives_does_not_take_the_place(tmp_path: Path) -> None:
     Life(tmp_path).end()
     assert not board.is_alive()
     Life(tmp_path, wait_s=0.0).end()
+
+
+def test_two_who_ask_at_once_do_not_take_each_other_for_the_agent(tmp_path: Path) -> None:
+    Life(tmp_path).end()
+    with closing(sqlite3.connect(tmp_path / LOCK, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT 1 FROM sqlite_master")  # as `is_alive` of another process, in the midst of it
+        assert not Board(tmp_path).is_alive()
 
 
 def test_a_folder_that_cannot_be_locked_is_told_from_one_that_is_taken(tmp_path: Path) -> None:

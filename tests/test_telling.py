@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from edge_client.agent import Agent
 from edge_client.board import Board
@@ -17,19 +18,19 @@ from edge_client.status import Accepted, AgentStatus
 from edge_client.telling import Teller, read_status, tell_failure
 from edge_client.watching.machine import Machine
 from shared.transport import Delivered
-from tests.small_fleet import SmallFleet
+from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.sysfs.machines import jetson_orin_6
-from tests.test_agent import said, small, steps_of
+from tests.test_agent import BrokenTrainer, said, small, steps_of
 from tests.test_owner import left
 from tests.test_session import IDENTITY, NEXT, PLAN, RUN, Driven
 
 
-def telling(fleet: SmallFleet, folder: Path) -> tuple[Agent, Board]:
+def telling(fleet: SmallFleet, folder: Path, trainer: LinearTrainer | None = None) -> tuple[Agent, Board]:
     tree = jetson_orin_6(folder / "machine")
     machine = Machine(sys_root=tree.sys, proc_root=tree.proc, system="Linux", disk=tree.root, ask=lambda name: None)
     board = Board(folder / "agent")
     teller = Teller(board, Limits(), machine.read, print, 0)
-    return fleet.join("ann", teller=teller, is_asked_to_finish=board.is_finish_asked), board
+    return fleet.join("ann", trainer, teller=teller, is_asked_to_finish=board.is_finish_asked), board
 
 
 def told(board: Board) -> AgentStatus:
@@ -96,6 +97,18 @@ def test_a_failure_is_told_until_the_next_life(tmp_path: Path) -> None:
     tell_failure(board, "the model is another one. Trying again in 1 min.", 9)
     assert (told(board).state, told(board).written_at_ms) == ("failed", 9)
     tell_failure(Board(tmp_path / "none"), "nobody was there", 9)
+
+
+def test_an_agent_that_breaks_does_not_say_that_it_left(tmp_path: Path) -> None:
+    fleet = small(tmp_path)
+    agent, board = telling(fleet, tmp_path, BrokenTrainer("train", ZeroDivisionError("a bug")))
+    fleet.service.turn(0.0)
+    with pytest.raises(ZeroDivisionError):
+        while True:
+            fleet.service.turn(0.0)
+            agent.run()
+    assert (told(board).state, told(board).text) == ("failed", "the agent broke: ZeroDivisionError: a bug")
+    assert "error: the agent broke: ZeroDivisionError: a bug" in said(fleet)
 
 
 # Finishing.
