@@ -41,6 +41,7 @@ from edge_client.state import (
 from shared.changes import add_change, drawn_seeds, read_change
 from shared.errors import PeerError
 from shared.messages import Plan, Run, Snapshot
+from shared.numbers import NUMBER_BYTES
 from shared.refusals import Refusal
 from shared.seeds import takes_part
 from shared.topics import Kind, Topic
@@ -111,8 +112,12 @@ def _follow_change(state: State, before: Plan | None) -> Step:
     run, plan, held = state.run, state.plan, state.held
     if run is None or plan is None or plan.change is None or held is None or held.version != plan.round - 1:
         return state, ()
+    if before is None or before.round != held.version:
+        before = None
+        if plan.change.seeds is None and len(plan.change.values) != run.seeds * NUMBER_BYTES[run.change_format]:
+            return state, ()  # only the plan before says whose numbers these are, and of how many bits
     try:
-        known = drawn_seeds(before, run.seeds) if before is not None and before.round == held.version else None
+        known = None if before is None else drawn_seeds(before, run.seeds)
         change = read_change(plan.change, run.change_format, run.seeds, known)
         following = add_change(coefficients_from_bytes(held.coefficients, run.seeds), *change)
     except PeerError as error:

@@ -386,6 +386,19 @@ def test_a_change_of_all_coefficients_needs_no_plan_before_it():
     assert driven.state.held == Held(4, np.full(SEEDS, 0.5, "<f4").tobytes())
 
 
+def test_unnamed_numbers_are_not_guessed_at_without_the_plan_before():
+    driven = Driven()
+    driven.hear(RUN)
+    driven.hear(PLAN)
+    driven.on(READY)
+    driven.hear(snapshot(4, 0.5))  # of a newer version than the plan's; the plan of that version is then missed
+    assert driven.state.held.version == 4
+    numbers = some(None, [1.0] * 32)  # of seeds that all drew, and as long as 4 bits for all 256
+    actions = driven.hear(changed(numbers, round=5, nonce=bytes(16), published_at_ms=1_200_000))
+    assert driven.state.held.version == 4
+    assert not any(isinstance(action, Rebuild) for action in actions)
+
+
 def test_a_plan_after_a_gap_asks_for_the_snapshot_whatever_its_change():
     driven = Driven().sending()
     actions = driven.hear(changed(some([0], [1.0]), round=5))
