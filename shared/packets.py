@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from functools import lru_cache
 
-from shared.topics import parse_topic
+from shared.topics import LONGEST_TOPIC, parse_topic
 from shared.transport import KindBytes
 
 _PUBLISH = 3
@@ -70,7 +70,7 @@ class PacketStream:
         if packet[0] >> 4 != _PUBLISH:
             return _NAMES.get(packet[0] >> 4, BROKEN), 0
         at = start + 2 + int.from_bytes(packet[start : start + 2], "big")
-        kind = _kind_of(bytes(packet[start + 2 : at]))
+        kind = _kind_of(bytes(packet[start + 2 : at])) if at - start - 2 <= LONGEST_TOPIC else FOREIGN
         if packet[0] & 0x06:  # QoS 1 and 2 have a packet id
             at += 2
         if self._is_v5:

@@ -12,6 +12,7 @@ ROOT = "kseed"
 Kind = Literal["run", "plan", "snapshot", "update", "receipt", "presence"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PER_DEVICE: frozenset[Kind] = frozenset({"update", "receipt", "presence"})
+LONGEST_TOPIC = 144  # bytes: kseed/<64>/presence/<64>
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 
 

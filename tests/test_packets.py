@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared import packets
 from shared.packets import BROKEN, FOREIGN, PacketMeter, PacketStream
+from shared.topics import LONGEST_TOPIC, Topic
 from shared.transport import KindBytes
 
 TOPIC = b"kseed/spring/update/ann"
@@ -43,6 +45,17 @@ def test_every_packet_is_found_in_pieces_of_any_size(size: int) -> None:
 def test_mqtt_3_has_no_properties_in_a_publication() -> None:
     packet = publish(TOPIC, b"\x05hello", properties=None)
     assert list(PacketStream(is_v5=False).take(packet)) == [("update", 6, len(packet))]
+
+
+def test_topics_that_nobody_has_are_not_remembered() -> None:
+    stream, before = PacketStream(is_v5=True), packets._kind_of.cache_info().currsize
+    for number in range(20):
+        topic = TOPIC + b"%016d" % number * 100  # a peer may choose 64 KB
+        assert [kind for kind, _, _ in stream.take(publish(topic, b""))] == [FOREIGN]
+    longest = str(Topic("r" * 64, "presence", "d" * 64)).encode()
+    assert len(longest) == LONGEST_TOPIC
+    assert [kind for kind, _, _ in stream.take(publish(longest, b""))] == ["presence"]
+    assert packets._kind_of.cache_info().currsize <= before + 1
 
 
 @given(st.lists(st.binary(max_size=40), max_size=20), st.booleans())
