@@ -67,9 +67,8 @@ class Service:
 
     def __post_init__(self) -> None:
         """Check the names. Raises UserError."""
-        for what, value in (("--name", self.name), ("--user", self.user or LOGIN)):
-            if not _NAME.fullmatch(value):
-                raise UserError(f"{what} is {value!r}; allowed are letters, digits, '-', '_' and '.'. Choose another.")
+        _check_name("--name", self.name)
+        _check_name("--user", self.user or LOGIN)
 
     def text(self) -> str:
         """The unit, with a first line that shows whether somebody has changed it."""
@@ -118,6 +117,11 @@ class Service:
 
     def _install(self) -> list[str]:
         return ["[Install]", f"WantedBy={target(self.user is not None)}"]
+
+
+def _check_name(what: str, value: str) -> None:
+    if not _NAME.fullmatch(value):
+        raise UserError(f"{what} is {value!r}; allowed are letters, digits, '-', '_' and '.'. Choose another.")
 
 
 def quoted(word: str, *, expand: bool = False) -> str:
@@ -173,6 +177,7 @@ def install(service: Service, env: Mapping[str, str], *, force: bool) -> str:
 
 def uninstall(name: str, is_system: bool, env: Mapping[str, str], *, force: bool) -> str:
     """Remove a unit and the links that start it; returns what to tell the person. Raises UserError."""
+    _check_name("--name", name)  # it becomes a path, and a pattern of paths
     file = unit_file(name, is_system, env)
     links = sorted(link for link in file.parent.glob(f"*.wants/{file.name}") if link.is_symlink())
     if not file.exists() and not links:

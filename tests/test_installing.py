@@ -189,6 +189,16 @@ def test_a_service_is_written_told_and_removed(tmp_path: Path, edge: Path, call:
     assert not wanted.is_symlink()
 
 
+@pytest.mark.parametrize("name", ["*", "../other", "kseed-?dge"])
+def test_no_name_removes_other_services(tmp_path: Path, call: Call, name: str) -> None:
+    wants = unit_of(tmp_path).parent / "default.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "kseed-edge.service").symlink_to("/nowhere")
+    code, _, err = call("uninstall-service", "--name", name)
+    assert (code, (wants / "kseed-edge.service").is_symlink()) == (2, True)
+    assert err.startswith(f"error: --name is {name!r}; allowed are letters")
+
+
 def test_a_unit_written_with_other_settings_is_replaced(tmp_path: Path, edge: Path, call: Call) -> None:
     call("install-service", "--config", edge)
     edge.write_text(f'{AGENT}[data]\nsource = "owner/name"\n[caps]\nnice = 5\n')
