@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from aggregator import replay
 from aggregator.replay import Work, draw_of_many, replayed
 from aggregator.state import plan_of
+from shared.changes import read_change, write_change
 from shared.messages import Plan
 from shared.seeds import draw
 from shared.steprule import deltas
@@ -80,3 +84,20 @@ def test_only_a_part_of_a_large_round_is_in_memory(monkeypatch: pytest.MonkeyPat
     contributions = replayed(works(), FACTS)  # type: ignore[arg-type]
     next(contributions)
     assert read == [0, 1]
+
+
+def test_only_one_change_of_first_order_devices_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = opened(first_order="accept", step="normalised").spec.facts
+    change = write_change(None, np.ones(256), "f32")
+    first = Work("a", msgspec.structs.replace(update_of(0), scalars=b"", change=change), PLAN)
+    read: list[int] = []
+
+    def spy(*arguments: Any) -> Any:
+        read.append(1)
+        return read_change(*arguments)
+
+    monkeypatch.setattr(replay, "read_change", spy)
+    contributions = replayed([first, work("b", 9), first], facts)
+    assert next(contributions).deltas.tolist() == [1.0] * 256
+    assert len(read) == 1
+    assert [one.device for one in contributions] == ["b", "a"]
