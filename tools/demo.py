@@ -20,7 +20,7 @@ from shared.errors import UnavailableError, UserError
 from tools.broker import RunningBroker, start_broker
 from tools.demo_report import Report, cost_of, progress_line, read_lines
 from tools.fetch_model import HUB_ID, fetch_model
-from tools.out_folder import prepare_folder
+from tools.out_folder import RunFolder, prepare_folder
 from tools.processes import Child, Crew, crew, script
 
 RUN = "demo"
@@ -70,21 +70,8 @@ class DemoSettings:
         return DEVICES[: self.agents]
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(RunFolder):
     """Where the demo keeps what."""
-
-    out: Path
-
-    @property
-    def base(self) -> Path:
-        """What the run starts from."""
-        return self.out / "base.json"
-
-    @property
-    def store(self) -> Path:
-        """The aggregator's store."""
-        return self.out / "aggregator.sqlite3"
 
     @property
     def rounds(self) -> Path:
@@ -105,11 +92,6 @@ class Files:
     def plot(self) -> Path:
         """The picture."""
         return self.out / f"{RUN}.png"
-
-    @property
-    def report(self) -> Path:
-        """The report for programs."""
-        return self.out / "report.json"
 
     def device(self, name: str) -> Path:
         """An agent's metrics."""

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a command that plays a whole run keeps what."""
+
+    out: Path
+
+    @property
+    def base(self) -> Path:
+        """What the run starts from."""
+        return self.out / "base.json"
+
+    @property
+    def store(self) -> Path:
+        """The aggregator's store."""
+        return self.out / "aggregator.sqlite3"
+
+    @property
+    def report(self) -> Path:
+        """The report for programs."""
+        return self.out / "report.json"
 
 
 def prepare_folder(out: Path, command: str) -> None:

@@ -6,10 +6,10 @@ import json
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tools.manifest import write_manifest
+from tools.out_folder import RunFolder
 from tools.processes import script
 
 RUN = "soak"
@@ -21,31 +21,13 @@ _LENGTH = 64
 _EXAMPLES = 40
 
 
-@dataclass(frozen=True)
-class World:
+class World(RunFolder):
     """Where a soak keeps what."""
-
-    out: Path
 
     @property
     def model(self) -> Path:
         """The base model and its tokenizer."""
         return self.out / "model"
-
-    @property
-    def base(self) -> Path:
-        """What the run starts from."""
-        return self.out / "base.json"
-
-    @property
-    def store(self) -> Path:
-        """The aggregator's store."""
-        return self.out / "aggregator.sqlite3"
-
-    @property
-    def report(self) -> Path:
-        """The summary for programs."""
-        return self.out / "report.json"
 
     def data(self, agent: str) -> Path:
         """An agent's examples."""
