@@ -55,6 +55,7 @@ from aggregator.events import (
     Tick,
     UpdateArrived,
 )
+from aggregator.repeating import everything, left_out_again
 from aggregator.spec import selected_part
 from aggregator.state import Phase, Progress, State, counting, plan_of, snapshot_of
 from shared.messages import Receipt
@@ -83,17 +84,17 @@ def _nothing(state: State, event: Event) -> Transition:
 
 def _open_first(state: State, event: Begin) -> Transition:
     opened = _at(state, _opened(state.progress, event.now_ms, state))
-    return Transition(opened, (KeepProgress(opened.progress), *_everything(opened)))
+    return Transition(opened, (KeepProgress(opened.progress), *everything(opened)))
 
 
 def _say_again(state: State, event: Begin) -> Transition:
     progress = state.progress
     is_in_time = progress.published_at_ms <= event.now_ms < progress.deadline_at_ms
     if progress.phase != "open" or is_in_time:
-        return Transition(state, (*_left_out_again(state), *_everything(state)))
+        return Transition(state, (*left_out_again(state), *everything(state)))
     later = _at(state, _with_deadline(progress, event.now_ms, state))
     note = Note(f"round {progress.round}: its deadline passed while nobody could answer; it starts anew")
-    return Transition(later, (KeepProgress(later.progress), note, *_left_out_again(later), *_everything(later)))
+    return Transition(later, (KeepProgress(later.progress), note, *left_out_again(later), *everything(later)))
 
 
 def _admit(state: State, event: UpdateArrived) -> Transition:
@@ -103,7 +104,7 @@ def _admit(state: State, event: UpdateArrived) -> Transition:
     number, made_for, entry = state.progress.round, event.update.round, Accepted(event.payload, event.update)
     keep = KeepUpdate(made_for, event.device, event.payload, event.now_ms, counted_in=number)
     if made_for != number:  # late: it neither makes the quorum nor closes the round
-        detail = f"it counts in round {number}, for 1 / sqrt({1 + number - made_for}) of its weight"
+        detail = f"it counts, for 1 / sqrt({1 + number - made_for}) of its weight, if round {number} combines anything"
         late = replace(state, late=state.late.with_one((event.device, made_for), entry))
         return Transition(late, (keep, SendReceipt(event.device, Receipt(made_for, int(Refusal.ACCEPTED), detail))))
     accepted = replace(state, updates=state.updates.with_one(event.device, entry))
@@ -288,24 +289,3 @@ def _ended(state: State, phase: Phase, reason: str, now_ms: int) -> State:
 
 def _announced(state: State, note: str) -> Transition:
     return Transition(state, (KeepProgress(state.progress), Note(note), Publish(plan_of(state))))
-
-
-def _left_out_again(state: State) -> tuple[SendReceipt, ...]:
-    """DIVERGED to those whom the last closing left out: they have no reason to ask, and the receipt may be lost.
-
-    A device that has heard it takes it for an echo: it is of a round before its fresh snapshot.
-    """
-    if not state.past:
-        return ()
-    last = state.past[-1]
-    told = {one.device: f"your model was {one.digest}" for one in state.progress.excluded}
-    if last.model_digest is None:
-        told = dict.fromkeys(last.accepted, "no model had a majority; nothing was combined")
-    number, code = last.plan.round, int(Refusal.DIVERGED)
-    left_out = [device for device in sorted(told) if device in last.accepted]
-    return tuple(SendReceipt(device, Receipt(number, code, told[device])) for device in left_out)
-
-
-def _everything(state: State) -> tuple[Publish, ...]:
-    """All that is retained, for devices that have never heard of the run, and brokers that have forgotten it."""
-    return Publish(state.spec.facts), Publish(snapshot_of(state)), Publish(plan_of(state))

@@ -62,7 +62,7 @@ def test_a_late_update_is_kept_for_the_open_round_and_told_its_weight() -> None:
     assert (keep.round, keep.device, keep.counted_in) == (0, "c", 1)
     (told,) = [action.receipt for action in actions if isinstance(action, SendReceipt)]
     assert (told.round, told.code) == (0, Refusal.ACCEPTED)
-    assert told.detail == "it counts in round 1, for 1 / sqrt(2) of its weight"
+    assert told.detail == "it counts, for 1 / sqrt(2) of its weight, if round 1 combines anything"
     assert list(state.late) == [("c", 0)]
 
 
