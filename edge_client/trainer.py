@@ -36,6 +36,7 @@ from shared.wire import coefficients_from_bytes, scalars_to_bytes
 
 T = TypeVar("T")
 Loader = Callable[[Run], LoadedModel]
+NO_ROOM = "memory ran out in this round"
 EVALUATED_AT_ONCE = 16  # sequences; without a backward pass more would not be faster
 
 
@@ -87,13 +88,17 @@ class ModelTrainer:
             raise UserError(why)
         self._say(f"warning: {why} Reading the weights from their files from here on, which takes longer.")
         self._is_whole, self._load = False, self._load_streamed
-        for name in ("overlay", "_loaded"):
+        for name in ("overlay", "_loaded", "_first_order"):
             vars(self).pop(name, None)
         release()
         try:
             ready = self._load_fitting(run)
         except UserError as error:
+            self._is_whole, self._load = True, self._load_model  # the next round begins with it, if there is room
             raise UserError(f"{why} Nor can its weights be read from their files as they are used: {error}") from error
+        return self._as_before(ready)
+
+    def _as_before(self, ready: ModelReady) -> ModelReady:
         if self._ready is not None and ready != self._ready:
             raise UserError("the model or the data changed on disk since this agent began. Start it again.")
         return ready
@@ -146,7 +151,12 @@ class ModelTrainer:
         return ready
 
     def rebuild(self, version: int, coefficients: bytes) -> bytes:
-        """Set the overlay to `coefficients`; returns the first 16 bytes of the model digest. Raises UserError."""
+        """Set the overlay to `coefficients`; returns the first 16 bytes of the model digest. Raises UserError.
+
+        Where the model is gone, because no form of it fitted in the round before, it is loaded again.
+        """
+        if "overlay" not in vars(self):
+            self._as_before(self.load(self._run))
         with must_fit(f"memory ran out while version {version} was rebuilt"):
             self._coefficients = coefficients_from_bytes(coefficients, self._run.seeds)
             self.overlay.set_coefficients(self._coefficients)
@@ -187,12 +197,14 @@ class ModelTrainer:
     def _with_less(self, work: Callable[[], Generator[Report, bool, T]]) -> Generator[Report, bool, T]:
         """`work()`; where memory runs out with a single sequence, once more with the model in a smaller form."""
         try:
-            return (yield from work())
+            with must_fit(NO_ROOM):
+                return (yield from work())
         except TooLittleMemory as error:
             why = str(error)
         self._load_smaller(self._run, why)
-        self.overlay.set_coefficients(self._coefficients)
-        return (yield from work())
+        with must_fit(NO_ROOM):
+            self.overlay.set_coefficients(self._coefficients)
+            return (yield from work())
 
     def _evaluate(self) -> Generator[Report, bool, HeldOutReport]:
         rows = self._task.held_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from edge_client import trainer as trainers
 from edge_client.config import KernelConfig, ModelConfig
 from edge_client.events import Evaluated, Trained, TrainingFailed
+from edge_client.first_order import GradientSettings
+from edge_client.first_order_kept import KeptGradient
 from edge_client.jobs import HeldOutReport, StepReport
 from edge_client.model import LoadedModel
+from edge_client.state_files import Owner
 from edge_client.trainer import ModelTrainer
 from shared.errors import UserError
 from shared.wire import coefficients_to_bytes
@@ -80,6 +84,32 @@ def test_an_evaluation_begins_again_with_the_weights_in_their_files(tmp_path: Pa
     assert last.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
+def test_the_model_in_memory_is_gone_before_its_files_are_read_also_where_gradients_used_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "model")
+    config = ModelConfig(source=str(tmp_path / "model"))
+    kept = KeptGradient(tmp_path, Owner("localhost:1883", "demo", "ann"), "kseed test", print, lambda: 0.0)
+    trainer = ModelTrainer(
+        "ann", reviews(tmp_path, "same"), model=config, kernel=KernelConfig(name="torch"), say=print,
+        gradient=GradientSettings("gradient", kept),
+    )  # fmt: skip
+    trainer.load(msgspec.structs.replace(run_of(), first_order=True))
+    trainer.rebuild(3, coefficients_to_bytes(np.zeros(SEEDS, np.float32)))
+    trainer._evaluated.at_once = 1
+    allow(trainer, 0)
+    first, load = weakref.ref(trainer._loaded.model), trainers.load_streamed
+    alive = []
+
+    def watched(*arguments: Any) -> LoadedModel:
+        alive.append(first() is not None)
+        return load(*arguments)
+
+    monkeypatch.setattr(trainers, "load_streamed", watched)
+    assert played(trainer.evaluate(3))[1] == Evaluated(3)
+    assert alive == [False]
+
+
 def test_a_form_that_does_not_fit_either_fails_the_round_with_both_sentences_or_the_second(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     allow(trainer, 0)
@@ -96,6 +126,34 @@ def test_a_form_that_does_not_fit_either_fails_the_round_with_both_sentences_or_
     assert isinstance(end, TrainingFailed)
     assert end.reason.startswith("local step: memory ran out with a single sequence (")
     assert end.reason.endswith("Lower max_length, free some memory, or take a smaller model.")
+
+
+def test_the_round_after_one_given_up_loads_the_model_again(tmp_path: Path) -> None:
+    whole = scalars(trainer_of(tmp_path))
+    trainer = trainer_of(tmp_path)
+    coefficients = coefficients_to_bytes(trainer.overlay.coefficients)
+    allow(trainer, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers, "load_streamed", no_room)
+        assert isinstance(played(trainer.train(FOUR, b"d" * 16))[1], TrainingFailed)
+        trainer.rebuild(3, coefficients)
+        trainer._portions.at_once = 1
+        np.testing.assert_array_equal(scalars(trainer), whole)
+
+
+def test_memory_that_runs_out_around_a_step_is_met_in_the_same_way(tmp_path: Path, monkeypatch: Any) -> None:
+    whole = scalars(trainer_of(tmp_path))
+    trainer = trainer_of(tmp_path)
+    collate, calls = trainers.collate, iter(range(9))
+
+    def no_room_once(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return collate(*arguments)
+
+    monkeypatch.setattr(trainers, "collate", no_room_once)
+    np.testing.assert_array_equal(scalars(trainer), whole)
+    assert not trainer._is_whole
 
 
 def no_room(*_: Any, **__: Any) -> LoadedModel:
@@ -137,6 +195,7 @@ from edge_client.config import KernelConfig, ModelConfig
 from edge_client.data.settings import DataConfig
 from edge_client.kernels import choose
 from edge_client import trainer as trainers
+from edge_client.state_files import Owner
 from edge_client.trainer import ModelTrainer
 from tests.test_smaller_form import FOUR, played, run_for
 import numpy as np
