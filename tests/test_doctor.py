@@ -10,6 +10,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ class Patient:
             "data": {"source": folder / "reviews.jsonl"},
             "broker": {},
         }
+
+    @contextmanager
+    def at_a_broker(self, **made: Any) -> Iterator[None]:
+        """With a broker of its own, made as `running` takes it."""
+        with running(self.file.parent / "mosquitto", "ann", **made) as broker:
+            self.tables["broker"] = broker.settings("ann")
+            yield
 
     def write(self) -> None:
         def text(value: object) -> str:
@@ -172,9 +180,8 @@ def test_a_signer_that_is_not_known_is_told(patient, broker):
 
 @needs_tools
 @pytest.mark.broker
-def test_a_certificate_for_another_name_is_told_with_the_names_in_it(patient, tmp_path):
-    with running(tmp_path / "mosquitto", "ann", names="DNS:broker.example.org") as broker:
-        patient.tables["broker"] = broker.settings("ann")
+def test_a_certificate_for_another_name_is_told_with_the_names_in_it(patient):
+    with patient.at_a_broker(names="DNS:broker.example.org"):
         tls = patient.failed("TLS")
     assert "Hostname mismatch" in tls.text
     assert "under a name that is in it (broker.example.org), or have one made for localhost" in tls.remedy
@@ -182,9 +189,8 @@ def test_a_certificate_for_another_name_is_told_with_the_names_in_it(patient, tm
 
 @needs_tools
 @pytest.mark.broker
-def test_an_expired_certificate_is_told_with_this_machines_time(patient, tmp_path):
-    with running(tmp_path / "mosquitto", "ann", days=-1) as broker:
-        patient.tables["broker"] = broker.settings("ann")
+def test_an_expired_certificate_is_told_with_this_machines_time(patient):
+    with patient.at_a_broker(days=-1):
         tls = patient.failed("TLS")
     assert tls.text.endswith("is not trusted: certificate has expired")
     assert tls.remedy.startswith("Have it renewed; or set this machine's clock, which says 2")
@@ -192,18 +198,16 @@ def test_an_expired_certificate_is_told_with_this_machines_time(patient, tmp_pat
 
 @needs_tools
 @pytest.mark.broker
-def test_a_certificate_that_ends_soon_is_a_warning(patient, tmp_path):
-    with running(tmp_path / "mosquitto", "ann", days=3) as broker:
-        patient.tables["broker"] = broker.settings("ann")
+def test_a_certificate_that_ends_soon_is_a_warning(patient):
+    with patient.at_a_broker(days=3):
         tls = patient.findings()["TLS"]
     assert (tls.verdict, tls.remedy) == ("warning", "Have the broker's certificate renewed.")
 
 
 @needs_tools
 @pytest.mark.broker
-def test_a_broker_that_takes_short_packets_only_is_told(patient, tmp_path):
-    with running(tmp_path / "mosquitto", "ann", extra="max_packet_size 4000") as broker:
-        patient.tables["broker"] = broker.settings("ann")
+def test_a_broker_that_takes_short_packets_only_is_told(patient):
+    with patient.at_a_broker(extra="max_packet_size 4000"):
         limits = patient.failed("limits")
     assert limits.text.startswith("packets up to 4000 bytes, ")
     assert limits.remedy.startswith("mosquitto: max_packet_size 1")
