@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edge_client.data.batches import NOT_LABELLED, Batch
 from edge_client.shortage import in_portions
@@ -63,7 +64,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     logits = logits.reshape(-1, logits.shape[-1]) if picked else logits[wanted.rows, wanted.positions]
     step = max(1, _CHUNK // logits.shape[-1])
     parts = zip(torch.split(logits, step), torch.split(wanted.targets, step), strict=True)
-    return torch.cat([F.cross_entropy(part.float(), targets, reduction="none") for part, targets in parts])
+    return torch.cat([_losses(part, targets) for part, targets in parts])
 
 
 def labelled_loss(model: PreTrainedModel, batch: Batch, at_once: int | None = None) -> Tensor:
@@ -74,6 +75,18 @@ def labelled_loss(model: PreTrainedModel, batch: Batch, at_once: int | None = No
     """
     portions = in_portions(batch, at_once)
     return torch.cat([token_losses(model, portion).cpu().to(torch.float64) for portion in portions]).mean()
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_cross_entropy`, of which backward keeps nothing: in float32 the logits would be there twice more."""
+    if not logits.requires_grad:
+        return _cross_entropy(logits, targets)
+    again: Tensor = checkpoint(_cross_entropy, logits, targets, use_reentrant=False, preserve_rng_state=False)
+    return again
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 @contextmanager
