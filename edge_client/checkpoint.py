@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Stored:
     shape: tuple[int, ...]
     begin: int
     stored_bytes: int
+    written_ns: int  # when the file was last written, as of the reading of its header
 
     @property
     def elements(self) -> int:
@@ -61,14 +63,15 @@ def _indexed(index: Path) -> set[Path]:
 
 def _tensors_of(file: Path) -> dict[str, Stored]:
     try:
-        size = file.stat().st_size
         with file.open("rb") as opened:
+            facts = os.fstat(opened.fileno())
+            size = facts.st_size
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"the header would have {length} bytes, the file has {size}")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(file, entry, 8 + length, size) for name, entry in header.items()}
+        return {name: _stored(file, entry, 8 + length, facts) for name, entry in header.items()}
     except FileNotFoundError as error:
         raise UserError(
             f"there is no {file.name} in {file.parent}; a model streams from safetensors files only. "
@@ -78,10 +81,10 @@ def _tensors_of(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file} is no whole safetensors file: {error}. Fetch the checkpoint again.") from error
 
 
-def _stored(file: Path, entry: Any, data_begin: int, file_bytes: int) -> Stored:
+def _stored(file: Path, entry: Any, data_begin: int, facts: os.stat_result) -> Stored:
     begin, end = entry["data_offsets"]
-    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin)
+    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data_begin + begin, end - begin, facts.st_mtime_ns)
     expected = ITEM_BYTES.get(stored.dtype, 0) * stored.elements
-    if begin < 0 or data_begin + end > file_bytes or (expected and end - begin != expected):
+    if begin < 0 or data_begin + end > facts.st_size or (expected and end - begin != expected):
         raise ValueError(f"a tensor {list(stored.shape)} of {stored.dtype} lies at {begin} to {end}")
     return stored

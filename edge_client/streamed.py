@@ -6,6 +6,7 @@ into the memory that the operation uses anyway, so nothing of the checkpoint is 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -49,7 +50,7 @@ class StreamedBase:
         add(out, starts, out)
 
     def read(self, starts: Tensor, out: Tensor) -> None:
-        """See Base. Raises UserError where the file cannot be read any more."""
+        """See Base. Raises UserError where the file cannot be read any more, or is not what it was."""
         is_same = self._kept_as == out.dtype and out.is_cpu
         length = out.shape[1]
         for row, begin in zip(out, starts.tolist(), strict=True):
@@ -70,6 +71,9 @@ class StreamedBase:
                 if not count:
                     raise OSError("it ends too early")
                 left = left[count:]
+            # Looked at after the read, so that no write slips between.
+            if os.fstat(self._file.fileno()).st_mtime_ns != self._stored.written_ns:
+                raise OSError("it was written to, so its weights may be others")
         except OSError as error:
             raise UserError(
                 f"{self._stored.file} cannot be read any more: {error}. The model streams from it: put the file back, "

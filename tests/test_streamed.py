@@ -163,6 +163,30 @@ def test_a_file_that_ends_while_the_model_streams_is_named(tmp_path: Path) -> No
         step_of(overlay)
 
 
+def test_a_file_that_is_written_to_while_the_model_streams_is_named(tmp_path: Path) -> None:
+    source = saved(tmp_path, tiny_model("llama"))
+    file = tmp_path / "model.safetensors"
+    os.utime(file, (1e9, 1e9))  # clocks of file systems are coarse
+    overlay = overlay_of(load_streamed(source, "fp32").model)
+    with file.open("r+b") as opened:
+        opened.seek(-4, os.SEEK_END)
+        opened.write(b"\0\0\0\0")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read any more: it was written to"):
+        step_of(overlay)
+
+
+def test_a_file_that_is_replaced_while_the_model_streams_changes_nothing(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", tiny_model("llama"))
+    overlay = overlay_of(load_streamed(source, "fp32").model)
+    before = overlay.base_digest()
+    other = tiny_model("llama")
+    other.model.norm.weight.data.fill_(2.0)
+    saved(tmp_path / "other", other)
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+    assert overlay.base_digest() == before
+    assert overlay_of(load_streamed(source, "fp32").model).base_digest() != before
+
+
 LIMITED = """
 import resource, sys
 import torch
