@@ -58,7 +58,9 @@ def _lower_priority(nice: int, say: Callable[[str], None]) -> None:
 
 
 def _limit_memory(most_bytes: int, say: Callable[[str], None]) -> None:
-    """RLIMIT_DATA counts what is allocated, not what is mapped from files such as the weights' or the GPU's driver."""
+    """RLIMIT_DATA counts private pages that may be written: what is allocated, and weights that are mapped so from their
+    files; not code, files mapped for reading alone, or the memory of a GPU.
+    """
     if sys.platform != "linux":
         say("warning: memory_mb is kept on Linux only; here it does nothing.")
         return

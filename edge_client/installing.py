@@ -13,7 +13,7 @@ from shared.errors import UserError
 from shared.service_unit import Service, login
 
 GPU_GROUPS = ("video", "render")  # who may open a GPU's devices: /dev/dri, and all of a Jetson's
-MEMORY_MARGIN, MEMORY_MOST = 1.25, 1.5  # times memory_mb: what RLIMIT_DATA does not see, such as mapped weights
+MEMORY_MARGIN, MEMORY_MOST = 1.25, 1.5  # times memory_mb: what RLIMIT_DATA does not see, such as code and cached files
 
 # Left out, because it would take the GPU away or stop compiled kernels:
 #   PrivateDevices, DevicePolicy, DeviceAllow: /dev/nvidia*, /dev/nvhost*, /dev/nvmap, /dev/dri; their names and numbers

@@ -1,7 +1,8 @@
 """The bytes of today in three layers, kept over restarts, and the byte budget that is held against them.
 
 The count is written down at the end of a round and whenever `UNSAVED_BYTES` have come together, so a killed agent
-forgets no more than that. A local day begins at the local date's change, whatever the clock did.
+forgets no more than that. A local day begins at the local date's change. The day counted before it is kept as well: a
+clock that is wrong for a while, as after a boot without a battery for it, then costs today nothing of its count.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from edge_client.tally import RoundMetrics
 from shared.topics import Topic
 from shared.transport import TrafficCount, Transport
 
-KIND = "kseed bytes 1"
+KIND = "kseed bytes 2"
 UNSAVED_BYTES = 4096
 NO_LIMITS = ByteLimits()
 
@@ -55,7 +56,7 @@ class Ledger:
         self._path = folder / owner.folder_name / "bytes" if folder and owner else None
         self._owner, self._say, self._disk = owner, say, disk or Disk()
         self._counted = transport.traffic()
-        self._day = Layers("")
+        self._day, self._day_before = Layers(""), Layers("")
         self._past: tuple[PastRound, ...] = ()
         self._standing = Standing()
         self._saved_bytes = 0
@@ -72,6 +73,8 @@ class Ledger:
         traffic, day = self._transport.traffic(), f"{self._now():%Y-%m-%d}"
         fresh = _layers(day, traffic.since(self._counted))
         self._counted = traffic
+        if self._day.day != day:
+            self._day, self._day_before = self._day_before, self._day
         self._day = self._day.plus(fresh) if self._day.day == day else fresh
         if abs(wire_bytes(self._day) - self._saved_bytes) >= UNSAVED_BYTES:
             self.save()
@@ -125,7 +128,8 @@ class Ledger:
         if self._path is None or self._owner is None:
             return
         self._saved_bytes = wire_bytes(self._day)
-        fields = {"today": msgspec.to_builtins(self._day), "rounds": msgspec.to_builtins(self._past)}
+        named = {"today": self._day, "day_before": self._day_before, "rounds": self._past}
+        fields = {name: msgspec.to_builtins(value) for name, value in named.items()}
         try:
             write_whole(self._disk, self._path, sealed(self._owner, KIND, **fields))
         except OSError as error:
@@ -141,6 +145,7 @@ class Ledger:
                 return
             fields, _, _ = unsealed(self._owner, KIND, data)
             self._day = msgspec.convert(fields.get("today"), Layers)
+            self._day_before = msgspec.convert(fields.get("day_before"), Layers)
             self._past = msgspec.convert(fields.get("rounds"), tuple[PastRound, ...])
         except OSError as error:
             self._say(f"warning: the bytes of today cannot be read from {self._path}: {error.strerror}")

@@ -63,6 +63,24 @@ def test_a_killed_agent_forgets_little(tmp_path: Path) -> None:
     assert 30_000 - 4096 - 300 < kept <= 30_000
 
 
+def test_a_clock_that_is_wrong_for_a_while_costs_today_nothing_of_its_count(tmp_path: Path) -> None:
+    wire = Wire()
+    first = ledger(wire, tmp_path)
+    wire.spend(100)
+    first.today()
+    first.save()
+    now, wire = datetime(1970, 1, 1), Wire()  # booted without a battery for the clock
+    again = Ledger(wire, lambda: now, folder=tmp_path, owner=OWNER)  # type: ignore[arg-type]
+    wire.spend(10)
+    assert again.today() == Layers("1970-01-01", 10, 0, 20, 0, 30, 0)
+    again.save()
+    now = NOON
+    wire.spend(1)
+    assert again.today() == Layers("2026-11-20", 101, 0, 202, 0, 303, 0)
+    again.save()
+    assert wire_bytes(ledger(Wire(), tmp_path).today()) == 303
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", b"junk\n" * 9, None])
 def test_a_damaged_count_is_set_aside_in_a_line_and_the_day_begins_at_0(tmp_path: Path, damage: bytes | None) -> None:
     wire, said = Wire(), []
