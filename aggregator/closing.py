@@ -205,7 +205,7 @@ def _report(
     verdict: Verdict,
 ) -> RoundReport:
     scalars = sum(one.count for one in magnitudes)
-    step: Plan = plan_of(state)
+    rule = plan_of(state).step
     return RoundReport(
         round=state.progress.round,
         outcome=outcome,
@@ -223,7 +223,7 @@ def _report(
         train_loss=_mean(updates, "train_loss"),
         held_out_loss=_mean(updates, "held_out_loss"),
         held_out_accuracy=_mean(updates, "held_out_accuracy"),
-        step=step.step.lr if isinstance(step.step, PlainStep) else step.step.step_rms,
+        step=rule.lr if isinstance(rule, PlainStep) else rule.step_rms,
         scalar_rms=math.sqrt(math.fsum(one.square_sum for one in magnitudes) / scalars) if scalars else None,
         change_rms=combined.version.rms,
         update_bytes=sum(len(entry.payload) for entry in (*state.updates.values(), *state.late.values())),

@@ -28,7 +28,6 @@ class Fleet(msgspec.Struct, frozen=True):
     step_rms: float  # of the next plan
     mean_square: float = 0.0  # of the fleet's scalars
     count: int = 0  # steps that the mean square stands for, at most `horizon`
-    best_loss: float | None = None  # lowest held-out loss of any version
     reference_loss: float | None = None  # the last held-out loss that was measured
     promised: float = 0.0  # fall of the loss since then, by the scalars
 
@@ -88,7 +87,7 @@ def after_round(
     and GROW; it stays where `kept_promise` is 0, and where a round had first-order devices, which promise nothing.
     """
     if config.step == "plain":
-        return msgspec.structs.replace(fleet, best_loss=_lower(fleet.best_loss, held_out_loss))
+        return fleet
     mean_square, count = _mixed(config, fleet, magnitudes)
     promised = _promised(config, fleet, magnitudes, mean_square)
     step_rms, reference = fleet.step_rms, fleet.reference_loss
@@ -98,8 +97,8 @@ def after_round(
         if reference is not None and config.kept_promise and fleet.promised > 0.0:
             kept = max(0.0, reference - held_out_loss) / fleet.promised
             factor = min(GROW, max(SHRINK, math.sqrt(kept / config.kept_promise)))
-            longest = max(SMALLEST_PART * config.step_rms, fleet.step_rms * factor)
-            step_rms = min(LARGEST_PART * config.step_rms, longest)
+            wanted = max(SMALLEST_PART * config.step_rms, fleet.step_rms * factor)
+            step_rms = min(LARGEST_PART * config.step_rms, wanted)
         reference = held_out_loss
     if has_first_order:
         promised, reference = 0.0, held_out_loss
@@ -107,7 +106,6 @@ def after_round(
         step_rms=step_rms,
         mean_square=mean_square,
         count=count,
-        best_loss=_lower(fleet.best_loss, held_out_loss),
         reference_loss=reference,
         promised=promised,
     )
@@ -131,9 +129,3 @@ def _mixed(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude]) -> 
     total = fleet.count + steps
     mixed = fleet.mean_square * (fleet.count / total) + median * (steps / total)
     return mixed, min(total, horizon(config))
-
-
-def _lower(best: float | None, loss: float | None) -> float | None:
-    if best is None or loss is None:
-        return loss if best is None else best
-    return min(best, loss)

@@ -121,7 +121,7 @@ DAMAGE = {
         "version 1: what it was made from does not read",
     ),
     "the fleet": (
-        """UPDATE versions SET fleet = '{"step_rms":0.5,"best_loss":1.0}' WHERE version = 1""",
+        """UPDATE versions SET fleet = '{"step_rms":0.5,"reference_loss":1.0}' WHERE version = 1""",
         "version 1: the fleet is Fleet",
     ),
     "the plan": (
