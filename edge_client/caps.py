@@ -58,8 +58,8 @@ def _lower_priority(nice: int, say: Callable[[str], None]) -> None:
 
 
 def _limit_memory(most_bytes: int, say: Callable[[str], None]) -> None:
-    """RLIMIT_DATA counts private pages that may be written: what is allocated, and weights that are mapped so from their
-    files; not code, files mapped for reading alone, or the memory of a GPU.
+    """RLIMIT_DATA counts private pages that may be written: what is allocated, and weights mapped so from their files;
+    not code, files mapped for reading alone, or the memory of a GPU.
     """
     if sys.platform != "linux":
         say("warning: memory_mb is kept on Linux only; here it does nothing.")

@@ -34,7 +34,8 @@ def leave_when_done(state: State, actions: tuple[Action, ...]) -> tuple[Action, 
 
 
 def _has_work(state: State) -> bool:
-    return isinstance(state.work, (Training, Sending, Evaluating))
+    """Whether a round is under way, or an update of an earlier life waits for a plan that shows if it still counts."""
+    return isinstance(state.work, (Training, Sending, Evaluating)) or state.kept is not None
 
 
 def leave_text(state: State) -> str:

@@ -17,10 +17,12 @@ from edge_client import session
 from edge_client.events import (
     EXIT_LEFT,
     CloseRound,
+    Finish,
     Forget,
     Keep,
     Kept,
     Leave,
+    LeaveAfterRound,
     LoadModel,
     Publish,
     Rebuild,
@@ -274,6 +276,28 @@ def test_leaving_keeps_the_update():
     driven.hear(PLAN)
     assert not only(driven.on(Leave()), Forget)
     assert waiting(driven.state) == KEPT
+
+
+def test_finish_sends_the_update_of_an_earlier_life_before_it_leaves():
+    driven = driven_with(KEPT)
+    assert not only(driven.on(LeaveAfterRound(True)), Finish)
+    driven.joined()
+    driven.hear(PLAN, is_retained=True)
+    actions = driven.on(Tick(1.0, 1_000_000))
+    assert actions == [Publish(UPDATE_TOPIC, UPDATE)]
+    actions = driven.hear(Receipt(3, int(Refusal.ACCEPTED), ""))
+    assert actions[0] == Forget()
+    assert finish(actions).exit_code == EXIT_LEFT
+
+
+def test_finish_does_not_wait_for_an_update_that_is_too_late():
+    driven = driven_with(KEPT)
+    driven.on(LeaveAfterRound(True))
+    driven.joined()
+    actions = driven.hear(NEXT)
+    assert actions[0] == Forget()
+    assert not only(actions, LoadModel)
+    assert finish(actions).exit_code == EXIT_LEFT
 
 
 def test_newer_plan_empties_the_outbox():
