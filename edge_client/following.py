@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from edge_client.events import (
     EXIT_LEFT,
@@ -25,6 +24,7 @@ from edge_client.events import (
     Train,
     Unsubscribe,
 )
+from edge_client.plans import check_plan, conclude_s, patience_for, relation
 from edge_client.state import (
     Evaluating,
     Fetching,
@@ -40,36 +40,16 @@ from edge_client.state import (
 )
 from shared.changes import add_change, drawn_seeds, read_change
 from shared.errors import PeerError
-from shared.messages import Plan, Run, Snapshot
+from shared.messages import Plan, Snapshot
 from shared.numbers import NUMBER_BYTES
-from shared.refusals import Refusal
 from shared.seeds import takes_part
 from shared.topics import Kind, Topic
 from shared.wire import coefficients_from_bytes, coefficients_to_bytes
-
-Relation = Literal["stale", "same", "amended", "newer"]
 
 
 def ignored(state: State, what: str, error: PeerError) -> Step:
     """A bad message leaves a line and no other trace."""
     return state, (Say(f"ignored a {what} message: {error}", is_warning=True),)
-
-
-def relation(current: Plan | None, plan: Plan) -> Relation:
-    """How a plan that came in relates to the one that is followed."""
-    if current is None or plan.round > current.round:
-        return "newer"
-    if plan == current:
-        return "same"
-    if plan.round < current.round or plan.published_at_ms < current.published_at_ms:
-        return "stale"
-    return "amended" if plan.nonce == current.nonce else "newer"
-
-
-def check_plan(run: Run, plan: Plan) -> None:
-    """Raise PeerError where `plan` does not fit the run."""
-    if plan.levels is not None and len(plan.levels) != run.seeds:
-        raise PeerError(Refusal.MALFORMED, f"{len(plan.levels)} significance levels; allowed: {run.seeds}")
 
 
 def on_plan(state: State, plan: Plan, *, is_retained: bool) -> Step:
@@ -86,7 +66,7 @@ def on_plan(state: State, plan: Plan, *, is_retained: bool) -> Step:
         state,
         plan=plan,
         patience=state.patience if state.run is None else patience_for(state, plan),
-        conclude_s=_conclude_s(state, plan, is_retained),
+        conclude_s=conclude_s(state, plan, is_retained),
     )
     if kind == "amended":
         return _amended(followed, state.plan)
@@ -161,21 +141,6 @@ def _amended(state: State, before: Plan | None) -> Step:
 def _phase_text(state: State, plan: Plan) -> str:
     why = f": {plan.reason}" if plan.reason else ""
     return f"run {state.identity.run!r} is {'open again' if plan.phase == 'open' else plan.phase}{why}"
-
-
-def patience_for(state: State, plan: Plan) -> Patience:
-    """When to ask for the plan again: well past its deadline."""
-    overdue_s = state.identity.limits.overdue_s
-    wait_s = plan.deadline_s if plan.phase == "open" else state.identity.limits.overdue_max_s
-    return Patience(state.now_s + wait_s + overdue_s, 2 * overdue_s)
-
-
-def _conclude_s(state: State, plan: Plan, is_retained: bool) -> float | None:
-    """When a slow device sends what it has. A live plan counts from now; a retained one from its date, if plausible."""
-    age_s = (state.unix_ms - plan.published_at_ms) / 1000 if is_retained else 0.0
-    if not 0.0 <= age_s < plan.deadline_s:
-        return None  # past, or the clocks disagree: the deadline cannot be known, so train to the end
-    return state.now_s + (plan.deadline_s - age_s) * state.identity.limits.conclude_share
 
 
 def on_snapshot(state: State, snapshot: Snapshot) -> Step:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edge_client.events import EXIT_PEER, EXIT_USER, Finish, Garbled, ModelReady, Say
-from edge_client.following import begin, check_plan, ignored, patience_for
+from edge_client.following import begin, ignored
+from edge_client.plans import check_plan, patience_for
 from edge_client.state import State, Step
 from shared.errors import PeerError
 from shared.manifest import Manifest
