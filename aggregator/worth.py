@@ -11,7 +11,7 @@ the two means. Both numbers are remembered over rounds, as relative ones, becaus
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Kind:
     weights: float = 0.0  # their sum; below 1 where some are late
     squares: float = 0.0  # sum of squared weights
     power: float = 0.0  # sum of weight * squared length, of first-order devices only
-    devices: int = field(default=0)
+    devices: int = 0
 
     def add(self, weight: float, change: NDArray[np.float64], *, has_power: bool) -> None:
         """One more device's change, (K,)."""
