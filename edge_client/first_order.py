@@ -63,14 +63,18 @@ def chosen(
     run: Run,
     data_digest: bytes,
     say: Callable[[str], None],
+    at_once: int | None = None,
 ) -> FirstOrderRounds | None:
-    """Exact gradients, or None: forward passes alone. Raises UserError where they are demanded and the run has none."""
+    """Exact gradients, or None: forward passes alone. Raises UserError where they are demanded and the run has none.
+
+    at_once: sequences that go through the model together to begin with; None for all.
+    """
     if settings is None or settings.estimator == "forward":
         return None
     why = _refusal(run)
     if why is None:
         say("estimator gradient: exact gradients by backprop; updates are changes of coefficients")
-        return FirstOrderRounds(overlay, loaded, run, settings, data_digest, say)
+        return FirstOrderRounds(overlay, loaded, run, settings, data_digest, say, at_once)
     if settings.estimator == "gradient":
         raise UserError(f"{why}. Join with the estimator forward.")
     say(f"estimator forward, because {why}")
@@ -96,6 +100,7 @@ class FirstOrderRounds:
         settings: GradientSettings,
         data_digest: bytes,
         say: Callable[[str], None],
+        at_once: int | None,
     ) -> None:
         """data_digest: of the examples. Raises as OffsetGradient does."""
         self._gradient = OffsetGradient(overlay)
@@ -105,7 +110,7 @@ class FirstOrderRounds:
         self._data_digest = data_digest
         self._kept = settings.kept
         self._numbers = numbers_for(settings.round_bytes, run)
-        self._portions = Portions("gradient step", say)
+        self._portions = Portions("gradient step", say, at_once)
         self._say = say
 
     def steps(self, plan: Plan, model_digest: bytes, batch: Callable[[int], Batch]) -> Generator[Report, bool, Told]:

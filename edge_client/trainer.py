@@ -145,7 +145,9 @@ class ModelTrainer:
         )
         self._say(f"kernel {choice.kernel.name} ({choice.reason}), {torch.get_num_threads()} threads")
         data_digest = _data_digest(self._task)
-        self._first_order = chosen(self._gradient, self.overlay, self._loaded, run, data_digest, self._say)
+        self._first_order = chosen(
+            self._gradient, self.overlay, self._loaded, run, data_digest, self._say, self._portions.at_once
+        )
         ready = ModelReady(self.overlay.manifest, self.overlay.base_digest(), data_digest)
         self._ready = self._ready or ready
         return ready

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from edge_client import trainer as trainers
 from edge_client.config import KernelConfig, ModelConfig
 from edge_client.events import Trained
 from edge_client.first_order import REST_BYTES, GradientSettings, numbers_for, told
 from edge_client.first_order_gradient import OffsetGradient
 from edge_client.first_order_kept import KeptGradient
 from edge_client.first_order_steps import step_rms_of, steps_of
+from edge_client.fit import Fit
 from edge_client.jobs import HeldOutReport, StepReport
 from edge_client.model import LoadedModel
 from edge_client.state_files import Owner
@@ -147,6 +149,30 @@ def test_without_memory_for_backprop_the_round_is_done_with_forward_passes(
     assert said[-1].startswith("warning: gradient step: memory ran out with a single sequence")
     assert said[-1].endswith("Going on with forward passes alone.")
     assert update_of(trainer).change is None
+
+
+def test_a_gradient_begins_with_as_many_sequences_at_once_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    kept = KeptGradient(tmp_path, Owner("localhost:1883", "demo", "ann"), "kseed test", print, lambda: 0.0)
+    trainer = ModelTrainer(
+        "ann", reviews(tmp_path, "same"), model=ModelConfig(source=str(tmp_path / "model")), kernel=KernelConfig(),
+        say=print, gradient=GradientSettings("gradient", kept),
+    )  # fmt: skip
+    monkeypatch.setattr(trainers, "fit_of", lambda *_, **__: Fit("loaded", "fp32", "unpacked", 1, "one fits"))
+    trainer.load(run_of())
+    trainer.rebuild(3, coefficients_to_bytes(np.zeros(SEEDS, np.float32)))
+    measure, sizes = OffsetGradient.measure, []
+
+    def watched(self: OffsetGradient, model: Any, batch: Any, at_once: int | None) -> Any:
+        sizes.append(at_once)
+        return measure(self, model, batch, at_once)
+
+    monkeypatch.setattr(OffsetGradient, "measure", watched)
+    assert update_of(trainer).change is not None
+    assert sizes == [1] * steps_of(PLAN)
 
 
 @pytest.mark.parametrize(
