@@ -39,7 +39,8 @@ from edge_client.events import (
     Train,
     Unsubscribe,
 )
-from edge_client.jobs import Job, Report, StepReport, Trainer
+from edge_client.job_runner import JobRunner
+from edge_client.jobs import StepReport, Trainer
 from edge_client.ledger import Ledger
 from edge_client.outbox import Outbox
 from edge_client.progress import Screen, Status, activity, status_line
@@ -96,17 +97,13 @@ class Agent:
         self._gate = gate
         self._memory_bytes = memory_bytes
         self._energy_j = energy_j
-        self._rest_s = rest_s
         self._is_asked_to_finish = is_asked_to_finish
         self._teller = teller or NoTeller()
-        self._rest_until_s = clock.now_s()
+        self._jobs = JobRunner(clock.now_s, rest_s)
         self._metrics = metrics or MetricsFile(None)
         self._ledger = ledger or Ledger(transport, lambda: datetime.fromtimestamp(clock.unix_ms() / 1000))
         self._tally = Tally(transport.traffic(), energy_j())
-        self._job: Job | None = None
         self._sent = Sent()
-        self._is_concluding = False
-        self._report: Report | None = None
         self._is_leaving = False
         self._last_turn_s = clock.now_s()
 
@@ -137,7 +134,7 @@ class Agent:
 
     def close(self) -> None:
         """Let go of the model's work and of the connection."""
-        self._drop_job()
+        self._jobs.drop()
         self._screen.end()
         self._transport.close()
         self._ledger.today()
@@ -150,8 +147,8 @@ class Agent:
         if not self._may_work:
             self._look_at_gate()  # a plan that comes in now may load or rebuild the model
         wait_s = 0.0 if self._may_work or self._is_leaving else timeout_s
-        if self._rest_left_s > 0:
-            wait_s = min(wait_s, self._rest_left_s)
+        if (rest_left_s := self._jobs.rest_left_s) > 0:
+            wait_s = min(wait_s, rest_left_s)
         while (event := self._transport.poll(wait_s)) is not None:
             wait_s = 0.0
             self._hear(event)
@@ -163,7 +160,7 @@ class Agent:
             self._work()
         if self._screen.is_due(now_s := self._clock.now_s()):
             self._screen.show(status_line(self._status()), now_s)
-        if self._teller.is_due(self.state, self._report):
+        if self._teller.is_due(self.state, self._jobs.report):
             self._tell()
         return not self.state.is_finished
 
@@ -172,11 +169,7 @@ class Agent:
 
     @property
     def _may_work(self) -> bool:
-        return self._job is not None and session.may_step(self.state) and self._rest_left_s <= 0
-
-    @property
-    def _rest_left_s(self) -> float:
-        return self._rest_until_s - self._clock.now_s()
+        return self._jobs.has_job and session.may_step(self.state) and self._jobs.rest_left_s <= 0
 
     def _tick(self) -> None:
         now_s = self._clock.now_s()
@@ -244,47 +237,22 @@ class Agent:
                 self._tally.rebuilt(version, digest, self._clock.now_s() - began_s)
                 return Rebuilt(version, digest)
             case Train(plan, digest):
-                self._begin(self._trainer.train(plan, digest))
+                self._jobs.begin(self._trainer.train(plan, digest))
             case Evaluate(version):
-                self._begin(self._trainer.evaluate(version))
+                self._jobs.begin(self._trainer.evaluate(version))
             case Conclude():
-                self._is_concluding = True
+                self._jobs.conclude()
             case Abandon():
-                self._drop_job()
+                self._jobs.drop()
             case _:
                 assert_never(action)
         return None
 
-    def _begin(self, job: Job) -> None:
-        self._drop_job()
-        self._job, self._is_concluding = job, False
-
-    def _drop_job(self) -> None:
-        if self._job is not None:
-            self._job.close()
-        self._job = self._report = None
-
     def _work(self) -> None:
-        """One local step, or one stretch of the held-out split."""
-        assert self._job is not None
-        began_s = self._clock.now_s()
-        try:
-            # A fresh generator takes nothing in; one that is to conclude before its first step is dropped instead.
-            self._report = next(self._job) if self._report is None else self._job.send(self._is_concluding)
-        except StopIteration as end:
-            self._job = self._report = None
+        outcome = self._jobs.step(self._tally)
+        if outcome is not None:
             self._tick()
-            self._feed(end.value)
-            return
-        now_s = self._clock.now_s()
-        spent_s = now_s - began_s
-        self._rest_until_s = now_s + self._rest_s(spent_s)
-        if isinstance(self._report, StepReport):
-            self._tally.stepped(self._report.step, self._report.loss, spent_s)
-            return
-        self._tally.evaluate_s += spent_s
-        if self._report.loss is not None:
-            self._tally.held_out_loss, self._tally.held_out_accuracy = self._report.loss, self._report.accuracy
+            self._feed(outcome)
 
     def _close_round(self, action: CloseRound) -> None:
         identity = self.state.identity
@@ -308,7 +276,7 @@ class Agent:
         bytes_today, budget = self._ledger.today(), self._ledger.day_bytes
         now, digest = self._clock.unix_ms(), self._tally.digest
         self._teller.tell(
-            View(self.state, self._report, bytes_today, budget, self._energy_j(), digest, self.ending, now)
+            View(self.state, self._jobs.report, bytes_today, budget, self._energy_j(), digest, self.ending, now)
         )
 
     def _status(self) -> Status:
@@ -316,8 +284,8 @@ class Agent:
         return Status(
             run=self.state.identity.run,
             round=plan.round if plan is not None else None,
-            activity=activity(self.state, self._report),
-            loss=self._report.loss if isinstance(self._report, StepReport) else None,
+            activity=activity(self.state, self._jobs.report),
+            loss=self._jobs.report.loss if isinstance(self._jobs.report, StepReport) else None,
             memory_bytes=self._memory_bytes(),
             traffic=self._transport.traffic(),
         )

@@ -127,6 +127,12 @@ class Tally:
         self.losses.append(loss)
         self.steps_s += seconds
 
+    def evaluated(self, loss: float | None, accuracy: float | None, seconds: float) -> None:
+        """A stretch of the held-out split is done; loss and accuracy come with the last one."""
+        self.evaluate_s += seconds
+        if loss is not None:
+            self.held_out_loss, self.held_out_accuracy = loss, accuracy
+
     def close(
         self,
         *,

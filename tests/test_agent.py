@@ -44,7 +44,7 @@ def presence_of(fleet: SmallFleet, device: str) -> Presence:
 
 
 def steps_of(agent: Agent) -> int:
-    return agent._report.step if isinstance(agent._report, StepReport) else 0
+    return agent._jobs.report.step if isinstance(agent._jobs.report, StepReport) else 0
 
 
 def said(fleet: SmallFleet, device: str = "ann") -> str:
@@ -64,7 +64,7 @@ def test_closed_gate_stops_within_a_step_shows_why_and_goes_on_where_it_was(tmp_
         fleet.turn()
     assert steps_of(agent) == 2
     assert presence_of(fleet, "ann").note == reasons[0]
-    assert activity(agent.state, agent._report) == f"paused: {reasons[0]}"
+    assert activity(agent.state, agent._jobs.report) == f"paused: {reasons[0]}"
     reasons[0] = None
     fleet.run_to_the_end()
     assert presence_of(fleet, "ann") == Presence(False, 1, 1, 1, "kseed test", "")
@@ -353,7 +353,7 @@ def test_activity_says_why_nothing_happens(tmp_path):
     seen = set()
 
     def note() -> bool:
-        seen.add(activity(agent.state, agent._report))
+        seen.add(activity(agent.state, agent._jobs.report))
         return agent.ending is not None
 
     fleet.run_until(note)

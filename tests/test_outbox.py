@@ -369,7 +369,7 @@ def test_agent_killed_before_the_broker_had_the_update_brings_it_in_its_next_lif
 
 
 def activity_step(agent: object) -> int:
-    return getattr(agent._report, "step", 0)  # type: ignore[attr-defined]
+    return getattr(agent._jobs.report, "step", 0)  # type: ignore[attr-defined]
 
 
 def test_full_disk_under_the_outbox_does_not_stop_the_training(tmp_path):

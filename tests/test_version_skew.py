@@ -189,7 +189,7 @@ def test_agent_one_version_ahead_that_still_speaks_the_runs_version_takes_part(t
 def test_aggregator_that_comes_back_in_another_version_refuses_its_agents_and_counts_nothing(tmp_path):
     fleet = fleet_of(tmp_path, quorum=2, local_steps=50)
     agent = fleet.join("ann")
-    fleet.run_until(lambda: agent._job is not None)
+    fleet.run_until(lambda: agent._jobs.has_job)
     fleet.network.kill("aggregator")
     fleet.stamp(AHEAD)
     fleet.serve()
