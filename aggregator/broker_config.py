@@ -15,7 +15,7 @@ from shared.errors import UnavailableError, UserError
 from shared.topics import check_id
 from shared.wire import LIMIT_BYTES, encode
 
-PACKET_OVERHEAD_BYTES = 512  # header, topic (at most 140) and properties
+PACKET_OVERHEAD_BYTES = 512  # header, topic (at most 144) and properties
 MAX_PACKET_BYTES = max(LIMIT_BYTES.values()) + PACKET_OVERHEAD_BYTES
 CONF_NAME, ACL_NAME = "kseed.conf", "kseed.acl"
 
