@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from edge_client.data.batches import Batch
-from edge_client.first_order_layers import run_again
+from edge_client.first_order_layers import Carried, run_again
 from edge_client.kernels.bucket_sums import bucket_sums_for
 from edge_client.loss import labelled, token_losses
 from edge_client.overlay import BaseWeights, Overlay
@@ -50,6 +51,7 @@ class OffsetGradient:
             )
         self._overlay = overlay
         self._sum = bucket_sums_for(overlay.kernel)
+        self._running: Callable[[PreTrainedModel], AbstractContextManager[None]] = run_again
         self._scale = _HALF_SCALE if overlay.dtype == "fp16" else 1.0
 
     def measure(self, model: PreTrainedModel, batch: Batch, at_once: int | None = None) -> tuple[float, NDArray[Any]]:
@@ -59,7 +61,11 @@ class OffsetGradient:
         or gradient is not finite, and as `edge_client.loss.labelled` does.
         """
         while True:
-            loss, gradient = self._measured(model, batch, at_once)
+            try:
+                loss, gradient = self._measured(model, batch, at_once)
+            except Carried:
+                self._running = lambda _: nullcontext()  # all layers' activations are kept, now and from now on
+                continue
             if torch.isfinite(gradient).all() and math.isfinite(loss):
                 return loss, gradient.cpu().double().numpy()
             if self._scale <= 1.0 or not math.isfinite(loss):
@@ -80,7 +86,7 @@ class OffsetGradient:
             add = partial(self._sum, total=total, tensor=number, pool_key=self._overlay.pool_key)
             return Tracked(weights, 0, weights.shape, weights.base.dtype, weights.base.device, add)
 
-        with self._overlay.placed(tracked), run_again(model), torch.enable_grad():
+        with self._overlay.placed(tracked), self._running(model), torch.enable_grad():
             for portion in in_portions(batch, at_once):
                 part = token_losses(model, portion).sum() / tokens
                 (part * self._scale).backward()  # type: ignore[no-untyped-call]

@@ -2,12 +2,13 @@
 
 Not `torch.utils.checkpoint`, which in the second run keeps what autograd asks for by hooks of its own, and not
 transformers' switch for it, which works in training mode alone, where there is dropout. Layers are the modules of the
-outermost module lists: no architecture has to be known.
+outermost module lists: no architecture has to be known. A layer that leaves tensors to later ones in an object that it
+is given (models that share keys and values) is found out: gradients on that way would be lost without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,12 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+class Carried(Exception):
+    """Layers hand tensors on past their outputs, so they cannot run again one by one."""
 
 
 @contextmanager
 def run_again(model: nn.Module) -> Iterator[None]:
-    """While it lasts, activations within a layer of `model` are forgotten and computed again in backward."""
+    """While it lasts, activations within a layer of `model` are forgotten and computed again in backward.
+
+    The forward pass raises Carried where that would lose gradients.
+    """
     layers = list(_layers(model))
     anchor = torch.zeros((), requires_grad=True)
     for layer in layers:
@@ -49,7 +57,10 @@ def _run(forward: Callable[..., Any], anchor: Tensor, *args: Any, **kwargs: Any)
 
     def call(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         args, kwargs = together(tensors)
+        before = _held((args, kwargs))
         outputs, together_again = _apart(forward(*args, **kwargs))
+        if _held((args, kwargs)) != before:
+            raise Carried
         given[:] = [together_again]
         return outputs
 
@@ -69,6 +80,13 @@ def _apart(value: Any) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]],
         return tree_unflatten([next(left) if mine else leaf for leaf, mine in zip(rest, is_tensor, strict=True)], spec)
 
     return tensors, together
+
+
+def _held(value: Any) -> set[int]:
+    """Which tensors are in `value` and, one level deep, in the objects in it."""
+    leaves = tree_leaves(value)
+    within = [dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None) for leaf in leaves]
+    return {id(leaf) for leaf in [*leaves, *tree_leaves(within)] if isinstance(leaf, Tensor)}
 
 
 class _Layer(Function):

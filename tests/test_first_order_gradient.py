@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from overlays import POOL_KEY, SEEDS, CountingKernel, overlay_of
-from tiny_models import CONFIGS, tiny_batch, tiny_model
+from tiny_models import CONFIGS, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -27,7 +29,10 @@ from shared.errors import UserError
 
 def dense_gradient(name: str, dtype: torch.dtype) -> np.ndarray:
     """dL/dy by autograd on real parameters, float64 (SEEDS,)."""
-    model = tiny_model(name, dtype)
+    return dense_gradient_of(tiny_model(name, dtype))
+
+
+def dense_gradient_of(model: Any) -> np.ndarray:
     overlay = overlay_of(model)
     manifest = overlay.manifest
     overlay.write_out()
@@ -62,6 +67,41 @@ def test_gradient_is_that_of_the_written_out_model(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_half_precision_gradient_is_close_to_that_of_the_same_weights(name: str, dtype: torch.dtype) -> None:
     assert relative_error(measured(name, dtype), dense_gradient(name, dtype)) < 0.02
+
+
+class Sharing(torch.nn.Module):
+    """Its second layer reads what the first left in an object that both are given."""
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x: Tensor, shared: Any, number: int = 0) -> Tensor:
+            y = super().forward(x).tanh()
+            if number == 0:
+                shared.y = y
+            return x + y * shared.y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCABULARY, 8)
+        self.layers = torch.nn.ModuleList([self.Layer(8, 8), self.Layer(8, 8)])
+        self.head = torch.nn.Linear(8, VOCABULARY)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        x, shared = self.embed(input_ids), SimpleNamespace()
+        for number, layer in enumerate(self.layers):
+            x = layer(x, shared, number=number)
+        return SimpleNamespace(logits=self.head(x))
+
+
+def test_what_layers_hand_on_past_their_outputs_counts_too() -> None:
+    torch.manual_seed(0)
+    model: Any = Sharing().requires_grad_(False)
+    wanted = dense_gradient_of(deepcopy(model))
+    measure = OffsetGradient(overlay_of(model))
+    for _ in range(2):
+        assert relative_error(measure.measure(model, tiny_batch())[1], wanted) < 1e-5
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
