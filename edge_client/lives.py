@@ -6,6 +6,7 @@ Each life is a new session with a new connection, and the model goes with the ol
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,6 +88,7 @@ class Lives:
             return self._current.run()
         finally:
             self._current = None
+            _free_model()
 
     def many(self) -> Finish:
         """Live until the owner wants the end, or another agent has this device's id; says how the last one ended."""
@@ -165,6 +167,14 @@ class Lives:
             outbox=Outbox(state_dir, owner, say),
             ledger=budget,
         )
+
+
+def _free_model() -> None:
+    """A model refers to itself, so only the collector frees it, which an agent that does little may never call."""
+    if "torch" in sys.modules:
+        from edge_client.shortage import release
+
+        release()
 
 
 class _LateTrainer:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from edge_client import lives
 from edge_client.board import Board
@@ -16,7 +20,7 @@ from edge_client.events import Finish
 from edge_client.lives import Lives, Place
 from edge_client.policy import Wish
 from edge_client.progress import Screen
-from edge_client.state import Limits
+from edge_client.state import Identity, Limits
 from edge_client.status import SILENT_S
 from edge_client.telling import read_status
 from shared.errors import UserError
@@ -73,3 +77,24 @@ def test_settings_that_cannot_be_used_end_the_first_life_and_no_later_one(
         Script(left(tmp_path), monkeypatch, missing, FAILED).many()
     ending = Finish(0, "left run 'spring'")
     assert Script(left(tmp_path), monkeypatch, FAILED, missing, ending).many() == ending
+
+
+class OneModel(Lives):
+    """A life that loads a model, which refers to itself as real ones do."""
+
+    def _make(self, identity: Identity) -> Any:
+        model = torch.nn.Linear(2, 2)
+        model.register_forward_hook(lambda *_: model.weight)
+        self.weight = weakref.ref(model.weight)
+        return SimpleNamespace(run=lambda: FAILED, model=model)
+
+
+def test_no_model_stays_in_memory_after_a_life(tmp_path: Path) -> None:
+    place = Place("spring", "ann", EdgeConfig(data=DataConfig("reviews.jsonl")), left(tmp_path))
+    one = OneModel(place, "kseed 0", Screen(StringIO(), is_terminal=False))
+    gc.disable()
+    try:
+        assert one.one(Limits()) == FAILED
+        assert one.weight() is None
+    finally:
+        gc.enable()
