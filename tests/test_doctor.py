@@ -303,6 +303,7 @@ def test_a_full_disk_is_told(patient, tiny_disk):
     assert disk.verdict == "failed"
     assert "No space left on device" in disk.text
     assert disk.remedy.startswith("Free some space there")
+    assert list((tiny_disk / "state").glob("*/doctor")) == []
 
 
 def test_an_agent_that_has_no_connection_says_why(patient, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,13 +37,15 @@ def disk(folder: Path, config: EdgeConfig) -> Seen:
     probe = folder / "doctor"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        probe.unlink()
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        remedy = "Free some space there" if error.errno == 28 else "Make it writable for this user"
+        remedy = "Free some space there" if error.errno == errno.ENOSPC else "Make it writable for this user"
         raise Trouble(
             f"{folder} cannot be written: {error.strerror}", f"{remedy}, or set state_dir under [agent]."
         ) from error
