@@ -65,11 +65,17 @@ def follow(path: Path) -> Iterator[str]:
     return _added(path, stream)
 
 
+def _is_rotated(path: Path, stream: TextIO) -> bool:
+    """Whether `path` is another file than the one that is open; the new one comes with the next line."""
+    try:
+        return path.stat().st_ino != os.fstat(stream.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
 def _added(path: Path, stream: TextIO) -> Iterator[str]:
     while True:
-        is_old = (
-            path.exists() and path.stat().st_ino != os.fstat(stream.fileno()).st_ino
-        )  # rotated; asked before reading
+        is_old = _is_rotated(path, stream)  # asked before reading
         if text := stream.read():
             yield text
         elif is_old:

@@ -258,6 +258,16 @@ def test_following_a_log_goes_on_when_it_turns_over(tmp_path: Path) -> None:
     assert [next(following), next(following)] == ["the last of this file\n", "the first of the next\n"]
 
 
+def test_following_a_log_outlives_the_moment_between_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / LOG
+    path.write_text("old\n")
+    following = logbook.follow(path)
+    path.rename(tmp_path / "log.1")
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # as it was an instant ago
+    monkeypatch.setattr(logbook.time, "sleep", lambda seconds: path.write_text("new\n"))
+    assert next(following) == "new\n"
+
+
 def test_a_log_on_a_full_disk_stops_nothing(tiny_disk: Path) -> None:
     fill(tiny_disk)
     book = Logbook(tiny_disk / LOG)
