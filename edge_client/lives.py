@@ -119,8 +119,10 @@ class Lives:
     def _rest(self, why: str, wait_s: float) -> bool:
         """Wait after a failure; False where the owner wants the end meanwhile."""
         board, until_s = self._place.board, time.monotonic() + wait_s
-        self._screen.say(f"error: {why} Trying again in {duration(wait_s)}.")
-        told_s = float("inf")
+        text = f"{why} Trying again in {duration(wait_s)}."
+        self._screen.say(f"error: {text}")
+        tell_failure(board, text, unix_ms())
+        told_s = wait_s
         while (left_s := until_s - time.monotonic()) > 0:
             if self._is_leaving or board.is_finish_asked():
                 return False
