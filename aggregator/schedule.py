@@ -19,7 +19,8 @@ from aggregator.config import RunConfig, server_factor
 from shared.messages import NormalisedStep, PlainStep, StepRule
 
 SMALLEST_PART, LARGEST_PART = 1.0 / 64, 2.0  # of the first step_rms, which it never leaves
-SHRINK, GROW = 0.5, 1.2  # the most that one round changes step_rms by; too short a step costs less than too long a one
+GROW = 1.2  # the most that one round changes step_rms by, either way
+SHRINK = 0.5  # the same after a rise of the loss
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -83,8 +84,10 @@ def after_round(
 
     The mean square is the median over devices of each one's mean square, so that one broken device cannot stop the
     fleet, mixed with the old one by the number of steps behind each. With `kept` the part of the promise that held-out
-    loss kept since it was measured last, step_rms is multiplied by sqrt(kept / config.kept_promise), within SHRINK
-    and GROW; it stays where `kept_promise` is 0, and where a round had first-order devices, which promise nothing.
+    loss kept since it was measured last, step_rms is multiplied by sqrt(kept / config.kept_promise), within 1 / GROW
+    (after a rise of the loss SHRINK) and GROW: near the end scalars are mostly noise of their batches, so little of
+    the promise is kept however short the step is, and what still lowers the loss must not be cut down to nothing.
+    The step stays where `kept_promise` is 0, and where a round had first-order devices, which promise nothing.
     """
     if config.step == "plain":
         return fleet
@@ -96,7 +99,8 @@ def after_round(
     else:
         if reference is not None and config.kept_promise and fleet.promised > 0.0:
             kept = max(0.0, reference - held_out_loss) / fleet.promised
-            factor = min(GROW, max(SHRINK, math.sqrt(kept / config.kept_promise)))
+            least = SHRINK if held_out_loss > reference else 1.0 / GROW
+            factor = min(GROW, max(least, math.sqrt(kept / config.kept_promise)))
             wanted = max(SMALLEST_PART * config.step_rms, fleet.step_rms * factor)
             step_rms = min(LARGEST_PART * config.step_rms, wanted)
         reference = held_out_loss

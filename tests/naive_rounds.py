@@ -284,7 +284,8 @@ class NaiveRun:
         loss = float(weighed / sum(update["samples"] for update in known))
         if self.reference is not None and self.promised > 0 and self.settings["kept_promise"]:
             kept = max(0.0, self.reference - loss) / self.promised
-            factor = min(1.2, max(0.5, math.sqrt(kept / self.settings["kept_promise"])))
+            least = 0.5 if loss > self.reference else 1 / 1.2
+            factor = min(1.2, max(least, math.sqrt(kept / self.settings["kept_promise"])))
             first = self.settings["step_rms"]
             self.step_rms = min(2 * first, max(first / 64, self.step_rms * factor))
         self.reference, self.promised = loss, promise
