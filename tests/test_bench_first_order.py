@@ -15,7 +15,7 @@ from tests.tiny_models import save_tiny, tiny_model
 from tools import bench_first_order, bench_first_order_learning
 from tools.bench import Asked
 from tools.bench_first_order import Cost, Way, rows_of, work_of
-from tools.bench_step import batch_of
+from tools.bench_step import batch_of, in_process
 
 
 def test_peaks_are_compared_beyond_the_imports_and_times_as_they_are() -> None:
@@ -38,8 +38,8 @@ def test_every_way_works_and_only_full_backprop_writes_the_weights(way: Way) -> 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a peak can be set back on Linux only")
 def test_the_cost_of_a_process_is_measured(tmp_path: Path) -> None:
-    cost = bench_first_order.measured(str(save_tiny(tmp_path)), "inference")
-    assert 0 < cost.imports_mb < cost.peak_mb and cost.cpu_s > 0
+    ((imports_mb, peak_mb, cpu_s),) = in_process("tools.bench_first_order", str(save_tiny(tmp_path)), "inference")["cost"]
+    assert 0 < imports_mb < peak_mb and cpu_s > 0
 
 
 def test_off_linux_the_benchmark_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
