@@ -22,9 +22,9 @@ from shared.messages import Plan, Presence, Receipt, Run
 from shared.refusals import Refusal
 from shared.transport import TrafficCount
 from shared.wire import decode, encode
+from tests.driven_session import PLAN
 from tests.small_fleet import LinearTrainer, SmallFleet, base_weights
 from tests.test_faults import accepted_updates
-from tests.test_session import PLAN
 
 CONFIG = RunConfig(
     seeds=256, rounds=4, local_steps=6, batch_size=1, step="plain", lr=0.02, quorum=1, deadline_s=30.0, evaluate_every=0

@@ -20,13 +20,13 @@ from edge_client.state import Held, Sending, Settled
 from shared.messages import Plan
 from shared.transport import Connected, Disconnected, Received
 from tests.brokers import needs_mosquitto, running_mosquitto
+from tests.driven_session import NEXT, SNAPSHOT_TOPIC, Driven, only, snapshot
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.test_agent import said, steps_of
 from tests.test_edge_cli import created, data, ended, started, tiny_folder  # noqa: F401
 from tests.test_faults import accepted_updates
 from tests.test_machine_faults import fill, tiny_disk  # noqa: F401
 from tests.test_outbox import ONE_ROUND, OWNER, outbox_in
-from tests.test_session import NEXT, SNAPSHOT_TOPIC, Driven, only, snapshot
 
 MONTH_S = 30 * 86_400.0
 

@@ -26,11 +26,11 @@ from shared.config import BrokerConfig
 from shared.errors import UserError
 from shared.mqtt import MqttTransport
 from shared.transport import Connected, Received
+from tests.driven_session import PLAN
 from tests.secure_broker import SecureBroker, needs_tools, running
 from tests.test_edge_cli import data, ended, started
 from tests.test_machine_faults import fill, tiny_disk
 from tests.test_owner import status_of
-from tests.test_session import PLAN
 from tools.broker import free_port
 
 __all__ = ["data", "tiny_disk"]  # fixtures

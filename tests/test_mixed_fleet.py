@@ -22,7 +22,7 @@ from edge_client.overlay import Overlay
 from shared.messages import NormalisedStep, Plan
 from shared.seeds import draw
 from shared.steprule import deltas
-from tests.test_session import PLAN
+from tests.driven_session import PLAN
 from tests.tiny_models import VOCABULARY, tiny_model
 
 SEEDS = 256

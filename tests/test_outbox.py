@@ -37,10 +37,22 @@ from shared.messages import Receipt, Update
 from shared.refusals import Refusal
 from shared.transport import Received
 from shared.wire import decode, encode
+from tests.driven_session import (
+    IDENTITY,
+    NEXT,
+    PLAN,
+    READY,
+    UPDATE,
+    UPDATE_TOPIC,
+    Driven,
+    finish,
+    only,
+    snapshot,
+    texts,
+)
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.test_agent import CONFIG, said
 from tests.test_faults import accepted_updates
-from tests.test_session import IDENTITY, NEXT, PLAN, READY, UPDATE, UPDATE_TOPIC, Driven, finish, only, snapshot, texts
 
 OWNER = Owner("in-process", "demo", "ann")
 KEPT = Kept(PLAN.nonce, UPDATE)

@@ -18,11 +18,11 @@ from edge_client.status import Accepted, AgentStatus
 from edge_client.telling import Teller, read_status, tell_failure
 from edge_client.watching.machine import Machine
 from shared.transport import Delivered
+from tests.driven_session import IDENTITY, NEXT, PLAN, RUN, Driven
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.sysfs.machines import jetson_orin_6
 from tests.test_agent import BrokenTrainer, said, small, steps_of
 from tests.test_owner import left
-from tests.test_session import IDENTITY, NEXT, PLAN, RUN, Driven
 
 
 def telling(fleet: SmallFleet, folder: Path, trainer: LinearTrainer | None = None) -> tuple[Agent, Board]:

@@ -18,8 +18,8 @@ from shared.messages import Plan, Run
 from shared.seeds import draw
 from shared.steprule import deltas
 from shared.wire import coefficients_to_bytes, scalars_from_bytes
+from tests.driven_session import PLAN
 from tests.test_fleet import base_of, reviews
-from tests.test_session import PLAN
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SEEDS = 256
