@@ -50,6 +50,7 @@ def create(
     seeds: Annotated[int | None, typer.Option(help="K, a power of two, 256 to 65536 [4096].")] = None,
     rounds: Annotated[int | None, typer.Option(help="The run is finished after so many [50].")] = None,
     local_steps: Annotated[int | None, typer.Option(help="Steps of a device in a round [20].")] = None,
+    one_sided: Annotated[int | None, typer.Option(help="0, or the size of groups measured on one side [0].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step [8].")] = None,
     eps: Annotated[float | None, typer.Option(help="Size of a probe, in weight units [0.001].")] = None,
     step: Annotated[str | None, typer.Option(help="Step rule, normalised or plain.")] = None,

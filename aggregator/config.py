@@ -19,12 +19,15 @@ from shared.ranges import (
     MAX_BATCH_SIZE,
     MAX_DEADLINE_S,
     MAX_EPS,
+    MAX_GROUP,
     MAX_LISTED_DEVICES,
     MAX_LOCAL_STEPS,
     MAX_LR,
     MAX_STEP,
     MAX_U32,
     MIN_EPS,
+    MIN_GROUP,
+    is_group,
     is_seed_count,
 )
 from shared.topics import check_id
@@ -51,6 +54,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     # A device's work in one round.
     rounds: int = 50
     local_steps: int = 20
+    one_sided: int = 0  # 0: both sides of each direction; n: groups of n share a batch and are measured on one side
     batch_size: int = 8
     eps: float = 1e-3  # the probe's step in weight units
     common_seeds: bool = False
@@ -80,6 +84,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         """Check every value and those that must agree."""
         _check_numbers(self)
+        if not is_group(self.one_sided, self.local_steps):
+            raise UserError(
+                f"one_sided is {self.one_sided}, local_steps {self.local_steps}; allowed are 0, and {MIN_GROUP} to "
+                f"{MAX_GROUP} where local_steps is a multiple of it. Correct either."
+            )
         for device in self.devices:
             check_id("a name in devices", device)
         if len(set(self.devices)) != len(self.devices) or len(self.devices) > MAX_LISTED_DEVICES:
@@ -103,11 +112,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class UpperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Defaults for a base of `kseed manifest --scope upper` and data with labels: that part bears longer steps.
 
-    For text begin with a step_rms of 1.5e-3: 6e-3 made a model worse at GSM8K's answers (docs/benchmarks.md).
+    The 40 directions cost the 40 forward passes of 20 steps on both sides; more of them, each noisier, bear a shorter
+    step each. For text begin with a step_rms of 1.5e-3: 6e-3 made a model worse at GSM8K's answers
+    (docs/benchmarks.md).
     """
 
+    local_steps: int = 40
+    one_sided: int = 8
     eps: float = 2e-3
-    step_rms: float = 6e-3
+    step_rms: float = 4e-3
     server_scale: ServerScale = "sqrt"
 
 

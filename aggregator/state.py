@@ -125,6 +125,7 @@ def plan_of(state: State) -> Plan:
         phase=progress.phase,
         nonce=nonce(state.spec, progress.round),
         local_steps=config.local_steps,
+        one_sided=config.one_sided,
         batch_size=config.batch_size,
         eps=config.eps,
         step=schedule.step_rule(config, state.fleet),

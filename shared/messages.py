@@ -95,6 +95,7 @@ class Plan(_Message, frozen=True):
     phase: Literal["open", "paused", "finished"]
     nonce: bytes  # 16 bytes, fresh per round
     local_steps: int
+    one_sided: int  # 0: both sides of each direction. n: groups of n directions, one batch, one side (section 9.8)
     batch_size: int
     eps: float
     step: StepRule
@@ -106,6 +107,11 @@ class Plan(_Message, frozen=True):
     deadline_s: float  # from publication
     reason: str  # why paused or finished, for people
     change: Change | None  # what turns version `round - 1` into `round`; None: take the snapshot
+
+
+def forwards_of(plan: Plan) -> int:
+    """How many forward passes over a batch the plan's local steps take: one per loss that is measured."""
+    return plan.local_steps if plan.one_sided else 2 * plan.local_steps
 
 
 class Snapshot(_Message, frozen=True):

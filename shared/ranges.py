@@ -34,6 +34,7 @@ from shared.topics import is_id
 MIN_SEEDS, MAX_SEEDS = 256, 65_536
 MAX_U8, MAX_U32, MAX_U64 = 2**8 - 1, 2**32 - 1, 2**64 - 1
 MAX_LOCAL_STEPS = 16_384
+MIN_GROUP, MAX_GROUP = 2, 64  # directions that share a batch, where they are measured on one side
 MAX_BATCH_SIZE = 4_096
 MAX_LISTED_DEVICES = 1_024
 MAX_MANIFEST_BYTES = 1_048_576  # compressed
@@ -69,6 +70,11 @@ def check_message(message: Message) -> None:
 def is_seed_count(value: int) -> bool:
     """True where `value` may be K: a power of two from 256 to 65536."""
     return MIN_SEEDS <= value <= MAX_SEEDS and value & (value - 1) == 0
+
+
+def is_group(one_sided: int, local_steps: int) -> bool:
+    """True where `local_steps` may be measured on one side in groups of `one_sided`, or on both (0)."""
+    return one_sided == 0 or (MIN_GROUP <= one_sided <= MAX_GROUP and local_steps % one_sided == 0)
 
 
 def _floats(message: msgspec.Struct) -> Iterator[tuple[str, float]]:
@@ -125,6 +131,9 @@ def _check_plan(plan: Plan) -> None:
     _integer("round", plan.round, 0, MAX_U32 - 1)
     _length("nonce", plan.nonce, NONCE_BYTES)
     _integer("local_steps", plan.local_steps, 1, MAX_LOCAL_STEPS)
+    if not is_group(plan.one_sided, plan.local_steps):
+        allowed = f"0, or {MIN_GROUP} to {MAX_GROUP} and a divisor of local_steps, {plan.local_steps}"
+        raise _refuse("one_sided", plan.one_sided, allowed)
     _integer("batch_size", plan.batch_size, 1, MAX_BATCH_SIZE)
     if not MIN_EPS <= plan.eps <= MAX_EPS:
         raise _refuse("eps", plan.eps, f"{MIN_EPS:g} to {MAX_EPS:g}")

@@ -85,6 +85,7 @@ FIELDS = {
         ("phase", ("open", "paused", "finished")),
         ("nonce", BYTES),
         ("local_steps", INT),
+        ("one_sided", INT),
         ("batch_size", INT),
         ("eps", FLOAT),
         ("step", STEPS),
@@ -171,6 +172,7 @@ def check_run(run):
 def check_plan(plan):
     need(0 <= plan["round"] <= 2**32 - 2 and len(plan["nonce"]) == 16)
     need(1 <= plan["local_steps"] <= 16_384 and 1 <= plan["batch_size"] <= 4_096)
+    need(plan["one_sided"] == 0 or (2 <= plan["one_sided"] <= 64 and plan["local_steps"] % plan["one_sided"] == 0))
     need(1e-30 <= plan["eps"] <= 1)
     step, selection = plan["step"], plan["participation"]
     if step["tag"] == "plain":

@@ -16,7 +16,7 @@ from shared.refusals import Refusal
 from shared.seeds import draw
 
 FORMS = st.sampled_from(["f32", "f16", "f8"])
-PLAN = Plan(7, "open", bytes(16), 200, 8, 1e-3, PlainStep(1e-3), Everyone(), True, None, False, 0, 60.0, "", None)
+PLAN = Plan(7, "open", bytes(16), 200, 0, 8, 1e-3, PlainStep(1e-3), Everyone(), True, None, False, 0, 60.0, "", None)
 
 
 def test_a_change_names_its_seeds_and_scales_its_values_into_the_halves():

@@ -26,9 +26,9 @@ EPS = 1e-3
 
 def plan(step: StepRule, *, common_seeds: bool = False, levels: bytes | None = None) -> Plan:
     return Plan(
-        round=0, phase="open", nonce=bytes(range(16)), local_steps=6, batch_size=3, eps=EPS, step=step,
-        participation=Everyone(), common_seeds=common_seeds, levels=levels, evaluate=False, published_at_ms=0,
-        deadline_s=60.0, reason="", change=None,
+        round=0, phase="open", nonce=bytes(range(16)), local_steps=6, one_sided=0, batch_size=3, eps=EPS,
+        step=step, participation=Everyone(), common_seeds=common_seeds, levels=levels, evaluate=False,
+        published_at_ms=0, deadline_s=60.0, reason="", change=None,
     )  # fmt: skip
 
 

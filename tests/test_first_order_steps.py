@@ -22,9 +22,9 @@ RULE = NormalisedStep(step_rms=1e-3, clip=3.0, decay=0.99, prior_mean_square=0.0
 
 def plan(local_steps: int = 25, step: NormalisedStep | PlainStep = RULE) -> Plan:
     return Plan(
-        round=0, phase="open", nonce=bytes(range(16)), local_steps=local_steps, batch_size=3, eps=1e-3, step=step,
-        participation=Everyone(), common_seeds=False, levels=None, evaluate=False, published_at_ms=0, deadline_s=60.0,
-        reason="", change=None,
+        round=0, phase="open", nonce=bytes(range(16)), local_steps=local_steps, one_sided=0, batch_size=3,
+        eps=1e-3, step=step, participation=Everyone(), common_seeds=False, levels=None, evaluate=False,
+        published_at_ms=0, deadline_s=60.0, reason="", change=None,
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ PLAN = Plan(
     phase="open",
     nonce=bytes(16),
     local_steps=200,
+    one_sided=0,
     batch_size=8,
     eps=1e-3,
     step=PlainStep(3e-7),

@@ -70,9 +70,9 @@ def learned(source: str, data: str, seeds: int, local_steps: int) -> dict[str, A
     overlay = overlay_of(loaded.model, seeds=seeds)
     gradient = OffsetGradient(overlay)
     plan = Plan(
-        round=0, phase="open", nonce=bytes(16), local_steps=local_steps, batch_size=BATCH, eps=1e-3, step=RULE,
-        participation=Everyone(), common_seeds=False, levels=None, evaluate=False, published_at_ms=0, deadline_s=1.0,
-        reason="", change=None,
+        round=0, phase="open", nonce=bytes(16), local_steps=local_steps, one_sided=0, batch_size=BATCH,
+        eps=1e-3, step=RULE, participation=Everyone(), common_seeds=False, levels=None, evaluate=False,
+        published_at_ms=0, deadline_s=1.0, reason="", change=None,
     )  # fmt: skip
 
     def measure(step: int) -> tuple[float, Any]:

@@ -63,6 +63,7 @@ PLAN = Plan(
     phase="open",
     nonce=NONCE,
     local_steps=200,
+    one_sided=0,
     batch_size=8,
     eps=1e-3,
     step=NormalisedStep(step_rms=1e-3, clip=3.0, decay=0.99, prior_mean_square=2.25, prior_count=600),
