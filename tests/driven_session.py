@@ -38,6 +38,7 @@ PLAN = Plan(
     phase="open",
     nonce=b"nonce-of-round-3",
     local_steps=2,
+    one_sided=0,
     batch_size=1,
     eps=1e-3,
     step=PlainStep(0.1),
