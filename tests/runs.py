@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 
 from aggregator.config import RunConfig
-from aggregator.events import Begin, UpdateArrived
+from aggregator.events import Begin, KeepVersion, Note, Publish, SendReceipt, UpdateArrived
+from aggregator.reports import RoundReport
 from aggregator.rounds import Transition, step
 from aggregator.spec import Spec, new_spec
 from aggregator.state import State, new_state
 from shared.manifest import Manifest, RunBase, Tensor
 from shared.messages import Update
+from shared.refusals import Refusal
 from shared.wire import encode, scalars_to_bytes
 
 BASE = RunBase("tiny/model", "bf16", Manifest((Tensor("w", (16, 32)),)), bytes(range(32)))
 START_MS = 1_700_000_000_000
-FLEET_MODEL = b"m" * 16
+DEADLINE_MS = START_MS + 60_000
+FLEET_MODEL, OTHER_MODEL, THIRD_MODEL = b"m" * 16, b"o" * 16, b"t" * 16
 
 
 def spec_of(**settings: Any) -> Spec:
@@ -58,3 +61,30 @@ def after(state: State, *events: Any) -> Transition:
         state, more = step(state, event)
         actions += more
     return Transition(state, tuple(actions))
+
+
+def closed_round() -> Transition:
+    """A run in round 1: two equal updates have closed round 0."""
+    return after(opened(), arrival("a", update_of()), arrival("b", update_of()))
+
+
+def receipts(actions: Any) -> list[tuple[str, Refusal]]:
+    """Who was answered, and with which code."""
+    return [(a.device, Refusal(a.receipt.code)) for a in actions if isinstance(a, SendReceipt)]
+
+
+def published(actions: Any, kind: type) -> Any:
+    """The one message of its kind that went out."""
+    (message,) = [a.message for a in actions if isinstance(a, Publish) and isinstance(a.message, kind)]
+    return message
+
+
+def report_in(actions: Any) -> RoundReport:
+    """What is kept about the one round that was closed."""
+    (keep,) = [a for a in actions if isinstance(a, KeepVersion)]
+    return keep.report
+
+
+def notes(actions: Any) -> str:
+    """What the operator is told, a line each."""
+    return "\n".join(a.text for a in actions if isinstance(a, Note))

@@ -20,10 +20,7 @@ from shared.messages import Everyone, Plan, Threshold
 from shared.refusals import Refusal
 from shared.seeds import draw, takes_part
 from shared.wire import scalars_to_bytes
-from tests.runs import FLEET_MODEL, START_MS, after, arrival, opened, spec_of, update_of
-from tests.test_rounds import notes, receipts
-
-OTHER_MODEL = b"o" * 16
+from tests.runs import FLEET_MODEL, OTHER_MODEL, START_MS, after, arrival, notes, opened, receipts, spec_of, update_of
 
 
 def codes(actions: Any) -> list[Refusal]:

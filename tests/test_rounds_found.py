@@ -6,10 +6,10 @@ import math
 import struct
 
 import pytest
-from runs import after, arrival, opened, update_of
 
 from aggregator.events import KeepVersion, Tick
 from shared.refusals import Refusal
+from tests.runs import after, arrival, opened, update_of
 
 
 @pytest.mark.parametrize("other", [1.7e308, -1.7e308])
