@@ -1,7 +1,10 @@
-"""The two-point estimator and the local steps of a round (FedKSeed, equations 3 to 5; SPSA, Spall 1992).
+"""Estimators of the projected gradient, and the local steps of a round (FedKSeed, equations 3 to 5; SPSA, Spall 1992).
 
-A step draws a seed k, measures the loss at `+eps z_k` and at `-eps z_k`, and turns the difference into one scalar, the
-projected gradient `g = (L+ - L-) / (2 eps)`. The step rule turns g into a change of the k-th coefficient.
+Two-sided: a step draws a seed k, measures the loss at `+eps z_k` and at `-eps z_k`, and turns the difference into one
+scalar, `g = (L+ - L-) / (2 eps)`. One-sided: n directions share a batch, each is measured at `+eps z_k` alone, and its
+loss is compared with the mean of the others' (PROTOCOL.md, section 9.8): n passes for n scalars in place of 2 n, for
+which the scalars carry what the directions' curvatures differ by, times eps / 2. The step rule turns a scalar into a
+change of the k-th coefficient.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ BatchLoss = Callable[[Batch], Loss]
 
 
 @dataclass(frozen=True)
-class Probe:
+class TwoSided:
     """Two losses, in nats per token, and the scalar as it travels."""
 
     loss_plus: float
@@ -40,6 +43,17 @@ class Probe:
     def loss(self) -> float:
         """The mean of both: the loss where the step started, but for the curvature."""
         return (self.loss_plus + self.loss_minus) / 2
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """The loss at +eps, in nats per token, and the scalar as it travels."""
+
+    loss: float
+    scalar: np.float32
+
+
+Measured = Union[list[TwoSided], list[OneSided]]  # of one batch
 
 
 @dataclass(frozen=True)
@@ -54,38 +68,64 @@ class LocalStep:
 
 def two_point(
     loss: Callable[[], Loss], overlay: Overlay, k: int, eps: float, scalar_format: NumberFormat, noise: int = 2**31
-) -> Probe:
+) -> TwoSided:
     """Measure `loss`, nats per token of the model under `overlay`, on both sides along direction k.
 
     eps: distance in weight units, rounded to float32 for the probe. The scalar is as the aggregator will read it;
     noise: u32, of its rounding (`shared.numbers.rounded_by_chance`).
-    Where the overlay is paired, one pass measures both, with the same bits as two would. A model whose halves part
-    ways is measured in two passes, from then on always: what parts it once parts it again.
     Raises UserError where a loss is not finite; the overlay is as before in any case.
     """
+    plus, minus = _losses(loss, overlay, ((k, np.float32(eps)), (k, np.float32(-eps))))
+    return TwoSided(plus, minus, rounded_by_chance((plus - minus) / (2.0 * eps), scalar_format, noise))
+
+
+def one_sided(
+    loss: Callable[[], Loss],
+    overlay: Overlay,
+    ks: Sequence[int],
+    eps: float,
+    scalar_format: NumberFormat,
+    noise: Sequence[int],
+) -> list[OneSided]:
+    """Measure `loss` at +eps along each of the n directions `ks`, n >= 2; arguments and errors as of `two_point`.
+
+    g_i = (L_i - mean of the others' L) / eps, computed as (L_i - mean L) * n / ((n - 1) eps).
+    """
+    losses = _losses(loss, overlay, [(k, np.float32(eps)) for k in ks])
+    mean = math.fsum(losses) / len(losses)
+    per_loss = len(losses) / ((len(losses) - 1) * eps)
+    return [
+        OneSided(one, rounded_by_chance((one - mean) * per_loss, scalar_format, by))
+        for one, by in zip(losses, noise, strict=True)
+    ]
+
+
+def _losses(loss: Callable[[], Loss], overlay: Overlay, probes: Sequence[tuple[int, np.float32]]) -> list[float]:
+    """`loss` at each of `probes`, a direction and how far along it.
+
+    Where the overlay is paired, one pass measures two, with the same bits as two would. A model whose halves part
+    ways is measured in single passes, from then on always: what parts it once parts it again.
+    """
+    found: list[float] = []
     with torch.inference_mode():
-        plus, minus = _losses(loss, overlay, k, np.float32(eps))
-    if not (math.isfinite(plus) and math.isfinite(minus)):
-        raise UserError(
-            f"the loss is {plus} at +eps and {minus} at -eps along direction {k}; both must be finite. "
-            "Lower eps or the step, or load the model in bf16 or fp32."
-        )
-    scalar = rounded_by_chance((plus - minus) / (2.0 * eps), scalar_format, noise)
-    return Probe(plus, minus, scalar)
-
-
-def _losses(loss: Callable[[], Loss], overlay: Overlay, k: int, eps: np.float32) -> tuple[float, float]:
-    if overlay.is_paired:
-        try:
-            with overlay.both_probes(k, eps):
-                plus, minus = halves(loss())
-                return float(plus), float(minus)
-        except Diverged:
-            overlay.is_paired = False
-    with overlay.probe(k, eps):
-        plus = float(loss())
-    with overlay.probe(k, -eps):
-        return plus, float(loss())
+        while len(found) < len(probes):
+            first, second = probes[len(found)], probes[len(found) + 1 : len(found) + 2]
+            if overlay.is_paired and second:
+                try:
+                    with overlay.both_probes(first, second[0]):
+                        found += map(float, halves(loss()))
+                    continue
+                except Diverged:
+                    overlay.is_paired = False
+            with overlay.probe(*first):
+                found.append(float(loss()))
+    for value, (k, step) in zip(found, probes, strict=True):
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at {step:+g} along direction {k}; it must be finite. "
+                "Lower eps or the step, or load the model in bf16 or fp32."
+            )
+    return found
 
 
 def local_steps(
@@ -95,32 +135,50 @@ def local_steps(
     batches: Callable[[int], Batch],
     loss: BatchLoss,
     scalar_format: NumberFormat,
-    attempt: Callable[[Callable[[], Probe]], Probe] = lambda measure: measure(),
+    attempt: Callable[[Callable[[], Measured]], Measured] = lambda measure: measure(),
     done: Sequence[float] = (),
 ) -> Iterator[LocalStep]:
     """The local steps of `plan`, one per item; between two items the overlay holds a whole number of steps.
 
-    device: this device's id, which its seeds are drawn with. batches: the batch of a step (0-based). loss: of a batch,
-    in nats per token, by the model under `overlay`. attempt: runs a step's probe, and may run it again when memory
-    ran out. done: the scalars of steps that were taken before, which are not taken again and are no items.
+    device: this device's id, which its seeds are drawn with. batches: batch number so and so of the round (from 0): of
+    a step, or of a group of one-sided ones. loss: of a batch, in nats per token, by the model under `overlay`.
+    attempt: runs the passes over a batch, and may run them again when memory ran out. done: the scalars of steps that
+    were taken before, which are not taken again and are no items.
     The overlay must hold the coefficients of the plan's round.
     Raises UserError as `two_point` and `shared.steprule.advance` do.
     """
     name = None if plan.common_seeds else device
-    drawn = draw(plan.nonce, name, plan.local_steps, overlay.seeds, plan.levels)
+    drawn = draw(plan.nonce, name, plan.local_steps, overlay.seeds, plan.levels).tolist()
     noise = rounding_noise(plan.nonce, device, plan.local_steps).tolist()
-    state = start(plan.step)
-    for step, k in enumerate(drawn.tolist()):
-        if step < len(done):
-            state, delta = advance(plan.step, state, np.float32(done[step]))
+    state, size = start(plan.step), plan.one_sided or 1
+    for first in range(0, plan.local_steps, size):
+        group = slice(first, first + size)
+        found: Measured = []
+        if len(done) < first + size:  # a group that was left halfway is measured again: the same losses
+            batch = batches(first // size)
+
+            def measure(batch: Batch = batch, group: slice = group) -> Measured:
+                return _measured(lambda: loss(batch), overlay, plan, drawn[group], scalar_format, noise[group])
+
+            found = attempt(measure)
+        for step, k in enumerate(drawn[group], first):
+            is_done = step < len(done)
+            scalar = np.float32(done[step]) if is_done else found[step - first].scalar
+            state, delta = advance(plan.step, state, scalar)
             overlay.nudge(k, delta)
-            continue
-        batch = batches(step)
+            if not is_done:
+                yield LocalStep(step, k, scalar, found[step - first].loss)
 
-        def measure(batch: Batch = batch, k: int = k, noise: int = noise[step]) -> Probe:
-            return two_point(lambda: loss(batch), overlay, k, plan.eps, scalar_format, noise)
 
-        probe = attempt(measure)
-        state, delta = advance(plan.step, state, probe.scalar)
-        overlay.nudge(k, delta)
-        yield LocalStep(step, k, probe.scalar, probe.loss)
+def _measured(
+    loss: Callable[[], Loss],
+    overlay: Overlay,
+    plan: Plan,
+    ks: Sequence[int],
+    scalar_format: NumberFormat,
+    noise: Sequence[int],
+) -> Measured:
+    """What the passes over one batch say, as the plan has them made."""
+    if plan.one_sided:
+        return one_sided(loss, overlay, ks, plan.eps, scalar_format, noise)
+    return [two_point(loss, overlay, ks[0], plan.eps, scalar_format, noise[0])]

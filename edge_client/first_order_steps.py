@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shared.directions import offsets
 from shared.errors import UserError
-from shared.messages import NormalisedStep, Plan
+from shared.messages import NormalisedStep, Plan, forwards_of
 
 if TYPE_CHECKING:
     from edge_client.overlay import Overlay
@@ -52,8 +52,8 @@ class Progress:
 
 
 def steps_of(plan: Plan) -> int:
-    """How many gradient steps cost what the plan's forward-only steps do, two forward passes each; at least one."""
-    return max(1, 2 * plan.local_steps // GRADIENT_COST)
+    """How many gradient steps cost the forward passes of the plan's forward-only steps; at least one."""
+    return max(1, forwards_of(plan) // GRADIENT_COST)
 
 
 def step_rms_of(plan: Plan) -> float:

@@ -12,7 +12,7 @@ from shared.messages import Plan, Run
 
 @dataclass(frozen=True)
 class StepReport:
-    """Local step `step` (from 1) of `steps` is done; `loss` is (L+ + L-) / 2, or that before it, nats per token."""
+    """Local step `step` (from 1) of `steps` is done; `loss` is about that before it, nats per token."""
 
     step: int
     steps: int

@@ -164,14 +164,16 @@ class Overlay:
             self._added.move(None)
 
     @contextmanager
-    def both_probes(self, k: int, step: float | np.float32) -> Iterator[None]:
-        """While the context lasts the model computes with the weights of both probes, as `edge_client.pairs.Pair`.
+    def both_probes(self, first: tuple[int, np.float32], second: tuple[int, np.float32]) -> Iterator[None]:
+        """While the context lasts the model computes with the weights of two probes, as `edge_client.pairs.Pair`.
 
-        Each weight's base is read once for both. The model's code may raise `edge_client.pairs.Diverged`.
+        first, second: the arguments of `probe`. Each weight's base is read once for both. The model's code may raise
+        `edge_client.pairs.Diverged`.
         """
         self._check_idle()
-        self._check_seed(k)
-        self._probes.together = (self._added.along(k, np.float32(step)), self._added.along(k, np.float32(-step)))
+        self._check_seed(first[0])
+        self._check_seed(second[0])
+        self._probes.together = (self._added.along(*first), self._added.along(*second))
         self._is_probing = True
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from edge_client import placeholders
 from edge_client.bases import Base
-from edge_client.estimator import two_point
+from edge_client.estimator import OneSided, one_sided, two_point
 from edge_client.loss import labelled_loss
 from edge_client.overlay import Overlay
 from edge_client.pairs import Diverged, Pair, halves, same
@@ -53,7 +54,8 @@ def test_slices_of_large_layers_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_half_of_the_logits_is_that_of_its_probe(name: str) -> None:
     overlay = overlay_of(tiny_model(name))
     with torch.inference_mode():
-        with overlay.both_probes(3, 1e-6):  # so near that all tokens go to the same experts
+        near = np.float32(1e-6)  # so near that all tokens go to the same experts
+        with overlay.both_probes((3, near), (3, -near)):
             plus, minus = halves(overlay.model(input_ids=tiny_ids()).logits)
         for found, step in ((plus, 1e-6), (minus, -1e-6)):
             with overlay.probe(3, step):
@@ -69,10 +71,10 @@ def test_an_encoder_decoder_pairs() -> None:
     overlay = overlay_of(T5ForConditionalGeneration(config).eval().requires_grad_(False))
     inputs = {"input_ids": tiny_ids(2, 12), "decoder_input_ids": tiny_ids(seed=1)}  # its position bias is no batch
     with torch.inference_mode():
-        with overlay.both_probes(3, EPS):
+        with overlay.both_probes((3, np.float32(EPS)), (5, np.float32(-EPS))):
             plus, minus = halves(overlay.model(**inputs).logits)
-        for found, step in ((plus, EPS), (minus, -EPS)):
-            with overlay.probe(3, step):
+        for found, k, step in ((plus, 3, EPS), (minus, 5, -EPS)):
+            with overlay.probe(k, step):
                 assert torch.equal(found, overlay.model(**inputs).logits)
     assert not torch.equal(plus, minus)
 
@@ -81,6 +83,19 @@ def test_an_encoder_decoder_pairs() -> None:
 def test_all_kinds_of_directions_pair(kind: DirectionKind) -> None:
     overlay = overlay_of(tiny_model("llama"), kind)
     assert probe_of(overlay, is_paired=True) == probe_of(overlay, is_paired=False)
+
+
+@pytest.mark.parametrize("kind", get_args(DirectionKind))
+def test_a_group_of_one_sided_directions_pairs_two_by_two_bit_for_bit(kind: DirectionKind) -> None:
+    overlay = overlay_of(tiny_model("llama", torch.bfloat16), kind)
+
+    def group(*, is_paired: bool) -> list[OneSided]:
+        overlay.is_paired = is_paired
+        loss = lambda: labelled_loss(overlay.model, tiny_batch())  # noqa: E731
+        return one_sided(loss, overlay, (77, 3, 3, 5, 9), EPS, "f32", (2**31,) * 5)
+
+    together = group(is_paired=True)
+    assert overlay.is_paired and together == group(is_paired=False)
 
 
 def test_a_pair_of_passes_reads_each_base_once() -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_client import fit
 from edge_client.config import KernelConfig, ModelConfig
-from edge_client.estimator import Probe, two_point
+from edge_client.estimator import TwoSided, two_point
 from edge_client.loss import labelled_loss
 from edge_client.model import load_model
 from edge_client.overlay import Overlay
@@ -40,7 +40,7 @@ def saved(folder: Path, model: PreTrainedModel, **how: str) -> str:
     return str(folder)
 
 
-def step_of(overlay: Overlay) -> Probe:
+def step_of(overlay: Overlay) -> TwoSided:
     return two_point(lambda: labelled_loss(overlay.model, tiny_batch()), overlay, 77, 1e-3, "f32")
 
 
@@ -228,6 +228,6 @@ def test_a_model_larger_than_the_memory_makes_the_same_step_streamed(tmp_path: P
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
     wanted = said("loaded", 10 * size)
-    assert wanted.startswith("Probe(")
+    assert wanted.startswith("TwoSided(")
     assert "allocate memory" in said("loaded", room)
     assert said("streamed", room) == wanted

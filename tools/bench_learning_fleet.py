@@ -25,7 +25,7 @@ from edge_client.loss import labelled_loss
 from edge_client.model import LoadedModel
 from edge_client.overlay import Overlay
 from shared.manifest import RunBase
-from shared.messages import Plan, Update
+from shared.messages import Plan, Update, forwards_of
 from shared.ranges import MODEL_DIGEST_BYTES
 from shared.wire import encode, scalars_to_bytes
 
@@ -133,11 +133,6 @@ def _update(bench: Bench, plan: Plan, device: Device, config: RunConfig) -> tupl
         change=None,
     )
     return update, forwards + forwards_of(plan)
-
-
-def forwards_of(plan: Plan) -> float:
-    """Forward passes of a round's local steps on one device."""
-    return 2.0 * plan.local_steps
 
 
 def _batch(bench: Bench, plan: Plan, device: Device, number: int) -> Batch:
