@@ -34,25 +34,17 @@ ROOT = Path(__file__).parent.parent
 class Shell:
     """Runs commands in this process, with a store in a folder of its own."""
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, call: Any) -> None:
         self.folder = folder
         self.store = folder / "kseed.sqlite3"
         self.base = folder / "base.json"
         BASE.write(self.base)
-        self._capsys = capsys
-        self._monkeypatch = monkeypatch
+        self._call = call
 
     def __call__(self, *words: Any, store: bool = True) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
-        options = ["--store", str(self.store)] if store else []
-        self._monkeypatch.setattr(sys, "argv", ["kseed-aggregator", *(str(word) for word in words), *options])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = self._capsys.readouterr()
-        return code, out, err
+        done: tuple[int, str, str] = self._call(cli, *words, *(["--store", self.store] if store else []))
+        return done
 
     def create(self, name: str = "night", *words: Any) -> str:
         code, out, err = self("create", name, "--base", self.base, "--seeds", 256, *words)
@@ -65,9 +57,9 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+def shell(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    return Shell(tmp_path, capsys, monkeypatch)
+    return Shell(tmp_path, call)
 
 
 def serve_two_rounds(shell: Shell) -> None:
@@ -112,6 +104,14 @@ def test_the_papers_settings_are_one_flag_away(shell: Shell) -> None:
     assert "gaussian directions" in out
 
 
+def test_the_preset_for_the_upper_third_measures_on_one_side(shell: Shell) -> None:
+    shell.create("upper", "--preset", "upper")
+    upper = shell.settings("upper")
+    assert (upper["one_sided"], upper["local_steps"], upper["step_rms"]) == (8, 40, 4e-3)
+    shell.create("both", "--preset", "upper", "--one-sided", 0, "--local-steps", 20)
+    assert shell.settings("both")["one_sided"] == 0
+
+
 def test_flags_win_over_environment_over_file_over_preset(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     file = shell.folder / "kseed.toml"
     file.write_text('[run]\nlr = 0.1\neps = 0.1\nrounds = 1\n[broker]\nhost = "h"\n[data]\nanything = 1\n')
@@ -129,7 +129,7 @@ def test_every_create_flag_is_a_setting() -> None:
 
     flags = set(inspect.signature(cli.create).parameters) - cli._NOT_SETTINGS - {"context"}
     assert flags <= set(RunConfig.__struct_fields__)
-    assert len(flags) == 22
+    assert len(flags) == 23
 
 
 def test_the_store_is_found_through_the_environment(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +224,11 @@ def mistakes() -> dict[str, tuple[tuple[Any, ...], int, str]]:
         "bad name": (("create", "Big+Run", "--base", "BASE"), 2, "the run's name is 'Big+Run'"),
         "bad seeds": (("create", "n", "--base", "BASE", "--seeds", 1000), 2, "seeds is 1000; allowed are the powers"),
         "bad preset": (("create", "n", "--base", "BASE", "--preset", "best"), 2, "--preset is 'best'; allowed are"),
+        "bad group": (
+            ("create", "n", "--base", "BASE", "--preset", "upper", "--local-steps", 20),
+            2,
+            "one_sided is 8, local_steps 20; allowed are 0, and 2 to 64 where local_steps is a multiple of it",
+        ),
         "bad choice": (("create", "n", "--base", "BASE", "--directions", "up"), 2, "run.directions is 'up'"),
         "bad dtype": (("create", "n", "--base", "BASE", "--dtype", "fp32"), 2, "the base file was made for bf16"),
         "bad key": (("create", "n", "--base", "BASE", "--pool-key", -1), 2, "--pool-key is -1; allowed: 0 to 2^64"),

@@ -25,7 +25,7 @@ from aggregator.events import (
 from aggregator.rounds import TABLE, step
 from aggregator.spec import nonce
 from aggregator.state import Phase, new_state, plan_of
-from shared.messages import Everyone, Plan, Run, Snapshot, Threshold
+from shared.messages import Everyone, Plan, Run, Snapshot, Threshold, forwards_of
 from shared.refusals import Refusal
 from shared.seeds import takes_part
 from tests.runs import (
@@ -93,6 +93,12 @@ def test_a_run_begins_with_run_snapshot_and_plan_in_this_order() -> None:
     assert (plan.round, plan.phase, plan.deadline_s, plan.published_at_ms) == (0, "open", 60.0, START_MS)
     assert plan.nonce == nonce(state.spec, 0)
     assert len(plan.nonce) == 16
+
+
+def test_the_plan_says_how_scalars_are_measured_and_how_many_passes_that_takes() -> None:
+    plans = [plan_of(opened(local_steps=40, one_sided=group)) for group in (0, 2, 8)]
+    assert [plan.one_sided for plan in plans] == [0, 2, 8]
+    assert [forwards_of(plan) for plan in plans] == [80, 40, 40]
 
 
 def test_nonces_differ_by_round_and_by_key() -> None:
