@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
+import pytest
 from hypothesis import settings
 
 # Before the first import of numpy, torch, numba or huggingface_hub: each reads its variables once.
@@ -26,3 +30,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shared CI machine is slow now and then, which says nothing about the code; the same commit gives the same verdict.
 settings.register_profile("kseed", deadline=None, derandomize=True)
 settings.load_profile("kseed")
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """A command line in this process: `call(cli, "join", "spring")` gives exit code, stdout and stderr."""
+
+    def run(program: ModuleType, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, words)])
+        capsys.readouterr()  # what the test itself has said
+        code = 0
+        try:
+            program.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

@@ -179,32 +179,28 @@ def test_what_a_run_needs_goes_by_its_longest_message() -> None:
 def test_settings_that_contradict_each_other_write_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., tuple[int, str, str]],
     words: list[str],
     message: str,
 ) -> None:
     (tmp_path / "conf").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kseed-aggregator", "broker-config", *words])
-    with pytest.raises(SystemExit):
-        cli.main()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    code, _, err = call(cli, "broker-config", *words)
+    (line,) = err.splitlines()
+    assert code and message in line
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 def test_the_command_writes_both_files_with_tls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     for name in ("passwords", "cert", "key"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     words = "broker-config night day --users passwords --cert cert --key key -o out"
-    monkeypatch.setattr(sys, "argv", ["kseed-aggregator", *words.split()])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    assert "start it: mosquitto -c out/kseed.conf" in capsys.readouterr().out
+    code, out, _ = call(cli, *words.split())
+    assert code == 0
+    assert "start it: mosquitto -c out/kseed.conf" in out
     conf = (tmp_path / "out" / "kseed.conf").read_text()
     lines = {"listener 8883", f"certfile {tmp_path}/cert", "allow_anonymous false", "use_username_as_clientid true"}
     assert lines <= set(conf.splitlines())

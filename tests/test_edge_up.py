@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +27,8 @@ PATIENCE_S = 60.0
 class Device:
     """The owner of one device: a configuration file, and the commands that take it."""
 
-    def __init__(self, folder: Path, capsys: Any, monkeypatch: Any, **settings: Any) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
+    def __init__(self, folder: Path, call: Any, **settings: Any) -> None:
+        self._call = call
         self.file = folder / "kseed.toml"
         self.state_dir = folder / "state"
         self.agents: list[subprocess.Popen[str]] = []
@@ -46,16 +45,7 @@ class Device:
 
     def __call__(self, *words: object) -> tuple[int, str]:
         """Run a command in this process: its exit code and what it said."""
-        self._monkeypatch.setattr(sys, "argv", ["kseed-edge", *map(str, words), "--config", str(self.file)])
-        # The tests' own state folder is another one, and would win over the file.
-        self._monkeypatch.delenv("KSEED_AGENT_STATE_DIR", raising=False)
-        self._capsys.readouterr()  # what the test itself has said
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = self._capsys.readouterr()
+        code, out, err = self._call(cli, *words, "--config", self.file)
         return code, out + err
 
     def up(self) -> subprocess.Popen[str]:
@@ -74,8 +64,10 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, capsys: Any, monkeypatch: Any) -> Iterator[Device]:
-    found = Device(tmp_path, capsys, monkeypatch, broker={"host": mosquitto.host, "port": mosquitto.port})
+def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, call: Any, monkeypatch: Any) -> Iterator[Device]:
+    # The tests' own state folder is another one, and would win over the file.
+    monkeypatch.delenv("KSEED_AGENT_STATE_DIR")
+    found = Device(tmp_path, call, broker={"host": mosquitto.host, "port": mosquitto.port})
     yield found
     for agent in found.agents:
         agent.kill()  # where the test failed before it ended

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,22 +35,16 @@ def edge(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def call(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a command in this process, with units under `tmp_path`; gives exit code, stdout, stderr."""
+@pytest.fixture(autouse=True)
+def units_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's units are under `tmp_path`."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
-    def run(*words: object, program: object = edge_cli) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kseed", *map(str, words)])
-        code = 0
-        try:
-            program.main()  # type: ignore[attr-defined]
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
 
-    return run
+@pytest.fixture
+def kseed_edge(call: Call) -> Call:
+    """Runs a command of the agent in this process; gives exit code, stdout, stderr."""
+    return partial(call, edge_cli)
 
 
 def unit_of(tmp_path: Path) -> Path:
@@ -87,12 +82,12 @@ def exposure(text: str, folder: Path) -> float:
 
 
 @needs_systemd
-def test_systemd_accepts_the_agent_s_units(tmp_path: Path, edge: Path, call: Call) -> None:
-    code, system, _ = call("install-service", "--config", edge, "--system", "--print")
+def test_systemd_accepts_the_agent_s_units(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
+    code, system, _ = kseed_edge("install-service", "--config", edge, "--system", "--print")
     assert code == 0
     verified(system, tmp_path)
     assert exposure(system, tmp_path) <= 3.0
-    code, own, _ = call("install-service", "--config", edge, "--print")
+    code, own, _ = kseed_edge("install-service", "--config", edge, "--print")
     assert code == 0
     verified(own, tmp_path, "--user")
 
@@ -102,15 +97,17 @@ def test_systemd_accepts_the_aggregator_s_units(tmp_path: Path, call: Call) -> N
     config = tmp_path / "aggregator.toml"
     config.write_text("")
     words = ("install-service", "spring", "--config", config, "--print")
-    system = call(*words, "--system", program=aggregator_cli)[1]
+    system = call(aggregator_cli, *words, "--system")[1]
     verified(system, tmp_path)
     assert exposure(system, tmp_path) <= 2.0
-    verified(call(*words, program=aggregator_cli)[1], tmp_path, "--user")
+    verified(call(aggregator_cli, *words)[1], tmp_path, "--user")
 
 
 @needs_systemd
-def test_a_setting_that_systemd_does_not_know_would_be_found(tmp_path: Path, edge: Path, call: Call) -> None:
-    text = call("install-service", "--config", edge, "--system", "--print")[1].replace("RestrictSUIDSGID", "RestrictX")
+def test_a_setting_that_systemd_does_not_know_would_be_found(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
+    text = kseed_edge("install-service", "--config", edge, "--system", "--print")[1].replace(
+        "RestrictSUIDSGID", "RestrictX"
+    )
     with pytest.raises(AssertionError, match=r"Unknown key.* 'RestrictX'"):
         verified(text, tmp_path)
 
@@ -118,8 +115,8 @@ def test_a_setting_that_systemd_does_not_know_would_be_found(tmp_path: Path, edg
 # --- what the unit says
 
 
-def test_the_unit_runs_this_interpreter_with_the_file_and_its_caps(edge: Path, call: Call) -> None:
-    text = call("install-service", "--config", edge, "--print")[1]
+def test_the_unit_runs_this_interpreter_with_the_file_and_its_caps(edge: Path, kseed_edge: Call) -> None:
+    text = kseed_edge("install-service", "--config", edge, "--print")[1]
     assert f'ExecStart={sys.executable} -m edge_client.cli up --config "{edge}"\n' in text
     for line in ("Nice=10", "Environment=KSEED_CAPS_NICE=0", "CPUQuota=100%", "MemoryHigh=5000000000"):
         assert f"\n{line}\n" in text
@@ -150,14 +147,14 @@ def map_paths(texts: tuple[str, ...]) -> list[Path]:
 
 
 def test_data_given_relative_to_here_is_found_from_the_service(
-    tmp_path: Path, edge: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, edge: Path, kseed_edge: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "100% mine"
     folder.mkdir()
     (folder / "a.jsonl").touch()
     monkeypatch.chdir(folder)
     edge.write_text(f'{AGENT}[data]\nsource = "a.jsonl"\n')
-    assert f"WorkingDirectory={tmp_path}/100%% mine\n" in call("install-service", "--config", edge, "--print")[1]
+    assert f"WorkingDirectory={tmp_path}/100%% mine\n" in kseed_edge("install-service", "--config", edge, "--print")[1]
 
 
 @pytest.mark.parametrize(
@@ -171,17 +168,17 @@ def test_words_reach_the_program_as_they_are(word: str, written: str) -> None:
 # --- files
 
 
-def test_a_service_is_written_told_and_removed(tmp_path: Path, edge: Path, call: Call) -> None:
-    code, out, _ = call("install-service", "--config", edge)
+def test_a_service_is_written_told_and_removed(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
+    code, out, _ = kseed_edge("install-service", "--config", edge)
     unit = unit_of(tmp_path)
     assert code == 0
     assert out.startswith(f"wrote {unit}\n")
     assert "systemctl --user enable --now kseed-edge\n" in out
-    assert call("install-service", "--config", edge)[1].startswith(f"unchanged: {unit}\n")
+    assert kseed_edge("install-service", "--config", edge)[1].startswith(f"unchanged: {unit}\n")
     wanted = unit.parent / "default.target.wants" / unit.name
     wanted.parent.mkdir()
     wanted.symlink_to(unit)  # what `systemctl enable` does
-    code, out, _ = call("uninstall-service")
+    code, out, _ = kseed_edge("uninstall-service")
     assert code == 0
     assert f"removed {unit}\n" in out
     assert "systemctl --user stop kseed-edge\n" in out
@@ -190,46 +187,46 @@ def test_a_service_is_written_told_and_removed(tmp_path: Path, edge: Path, call:
 
 
 @pytest.mark.parametrize("name", ["*", "../other", "kseed-?dge"])
-def test_no_name_removes_other_services(tmp_path: Path, call: Call, name: str) -> None:
+def test_no_name_removes_other_services(tmp_path: Path, kseed_edge: Call, name: str) -> None:
     wants = unit_of(tmp_path).parent / "default.target.wants"
     wants.mkdir(parents=True)
     (wants / "kseed-edge.service").symlink_to("/nowhere")
-    code, _, err = call("uninstall-service", "--name", name)
+    code, _, err = kseed_edge("uninstall-service", "--name", name)
     assert (code, (wants / "kseed-edge.service").is_symlink()) == (2, True)
     assert err.startswith(f"error: --name is {name!r}; allowed are letters")
 
 
-def test_a_unit_written_with_other_settings_is_replaced(tmp_path: Path, edge: Path, call: Call) -> None:
-    call("install-service", "--config", edge)
+def test_a_unit_written_with_other_settings_is_replaced(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
+    kseed_edge("install-service", "--config", edge)
     edge.write_text(f'{AGENT}[data]\nsource = "owner/name"\n[caps]\nnice = 5\n')
-    assert call("install-service", "--config", edge)[1].startswith("wrote again")
+    assert kseed_edge("install-service", "--config", edge)[1].startswith("wrote again")
     assert "\nNice=5\n" in unit_of(tmp_path).read_text()
 
 
 @pytest.mark.parametrize("command", [("install-service", "--config"), ("uninstall-service",)])
 def test_a_unit_that_somebody_changed_stays_until_they_insist(
-    tmp_path: Path, edge: Path, call: Call, command: tuple[str, ...]
+    tmp_path: Path, edge: Path, kseed_edge: Call, command: tuple[str, ...]
 ) -> None:
-    call("install-service", "--config", edge)
+    kseed_edge("install-service", "--config", edge)
     unit = unit_of(tmp_path)
     changed = unit.read_text().replace("Nice=10", "Nice=1")
     unit.write_text(changed)
     words = (*command, edge) if len(command) == 2 else command
-    code, _, err = call(*words)
+    code, _, err = kseed_edge(*words)
     assert (code, unit.read_text()) == (2, changed)
     assert "has been changed since kseed wrote it; move the changes to kseed-edge.service.d/own.conf" in err
-    assert call(*words, "--force")[0] == 0
+    assert kseed_edge(*words, "--force")[0] == 0
     assert not unit.exists() or unit.read_text() != changed
 
 
-def test_a_unit_of_somebody_else_is_left_alone(tmp_path: Path, edge: Path, call: Call) -> None:
+def test_a_unit_of_somebody_else_is_left_alone(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
     unit = unit_of(tmp_path)
     unit.parent.mkdir(parents=True)
     unit.write_text("[Service]\nExecStart=/bin/true\n")
-    code, _, err = call("install-service", "--config", edge)
+    code, _, err = kseed_edge("install-service", "--config", edge)
     assert code == 2
     assert "was not written by kseed; choose another --name, or give --force" in err
-    assert call("uninstall-service")[0] == 2
+    assert kseed_edge("uninstall-service")[0] == 2
     assert unit.read_text() == "[Service]\nExecStart=/bin/true\n"
 
 
@@ -242,26 +239,26 @@ def test_a_unit_of_somebody_else_is_left_alone(tmp_path: Path, edge: Path, call:
     ],
 )
 def test_impossible_names_are_refused(
-    tmp_path: Path, edge: Path, call: Call, words: tuple[str, ...], said: str
+    tmp_path: Path, edge: Path, kseed_edge: Call, words: tuple[str, ...], said: str
 ) -> None:
-    code, _, err = call("install-service", "--config", edge, *words)
+    code, _, err = kseed_edge("install-service", "--config", edge, *words)
     assert (code, list(tmp_path.glob("config/**/*.service"))) == (2, [])
     assert said in err
 
 
-def test_a_wrong_configuration_is_told_before_anything_is_written(tmp_path: Path, edge: Path, call: Call) -> None:
+def test_a_wrong_configuration_is_told_before_anything_is_written(tmp_path: Path, edge: Path, kseed_edge: Call) -> None:
     edge.write_text("[data]\nsource = 'a/b'\n[caps]\nnice = 40\n")
-    code, _, err = call("install-service", "--config", edge)
+    code, _, err = kseed_edge("install-service", "--config", edge)
     assert (code, unit_of(tmp_path).exists()) == (2, False)
     assert "nice is 40" in err
 
 
-def test_a_configuration_without_a_run_would_not_start(edge: Path, call: Call) -> None:
+def test_a_configuration_without_a_run_would_not_start(edge: Path, kseed_edge: Call) -> None:
     edge.write_text("[data]\nsource = 'a/b'\n")
-    assert "agent.run is missing" in call("install-service", "--config", edge)[2]
+    assert "agent.run is missing" in kseed_edge("install-service", "--config", edge)[2]
 
 
-def test_there_is_nothing_to_remove(call: Call) -> None:
-    code, _, err = call("uninstall-service")
+def test_there_is_nothing_to_remove(kseed_edge: Call) -> None:
+    code, _, err = kseed_edge("uninstall-service")
     assert code == 2
     assert "there is no " in err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from aggregator import cli
 from aggregator.events import Begin, Event, KeepProgress, KeepUpdate, KeepVersion, Note, Pause, Stop, Tick
@@ -244,27 +243,29 @@ def test_whatever_comes_in_whatever_order_the_fold_agrees(
 # --- the command
 
 
-def test_the_command_prints_what_it_found_and_its_exit_code_says_whether_all_is_well(tmp_path: Path) -> None:
+def test_the_command_prints_what_it_found_and_its_exit_code_says_whether_all_is_well(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     path = tmp_path / "s"
     with Store.open(path, may_create=True) as store:
         store.create(spec_of(rounds=9, late="fold"), START_MS)
         play(store, *story())
-    runner = CliRunner()
-    done = runner.invoke(cli.app, ["verify", "night", "--store", str(path)])
-    assert done.exit_code == 0
-    head, verdict, last = done.stdout.splitlines()
+    words = ("verify", "night", "--store", path)
+    code, out, _ = call(cli, *words)
+    assert code == 0
+    head, verdict, last = out.splitlines()
     assert head.startswith("run night: 5 rounds folded from 1")
     assert "of them late" in head
     assert verdict == "all 6 versions in the store are the fold of the journal, bit for bit"
     assert last.startswith("version 5: coefficients with SHA-256 ")
-    facts = json.loads(runner.invoke(cli.app, ["verify", "night", "--store", str(path), "--json"]).stdout)
+    facts = json.loads(call(cli, *words, "--json")[1])
     assert (facts["difference"], facts["compared"], facts["latest"]) == (None, 6, 5)
     with Store.open(path) as store:
         store._do("DELETE FROM updates WHERE device = 'a' AND round = 0")
-    done = runner.invoke(cli.app, ["verify", "night", "--store", str(path)])
-    assert done.exit_code == 1
-    assert "DIFFERENT: version 1: coefficient " in done.stdout
-    assert "equal before it: 1 of 6 versions" in done.stdout
+    code, out, _ = call(cli, *words)
+    assert code == 1
+    assert "DIFFERENT: version 1: coefficient " in out
+    assert "equal before it: 1 of 6 versions" in out
 
 
 def test_losses_that_overflow_together_do_not_disturb_the_fold(tmp_path: Path) -> None:
