@@ -103,7 +103,7 @@ def arms(sizes: Sizes) -> list[Arm]:
         Arm(f"plain, lr {rate:g}", RunConfig(local_steps=STEPS, step="plain", lr=rate, eps=1e-3, evaluate_every=0))
         for rate in sizes.rates
     ]
-    recipe = UpperRunConfig(local_steps=STEPS)
+    recipe = UpperRunConfig()
     short = [
         Arm(short_recipe(form), msgspec.structs.replace(recipe, scalar_format=form, change_format=form), "upper")
         for form in (FORMATS if sizes.has_formats else ())
@@ -122,7 +122,9 @@ def fleets(sizes: Sizes) -> list[Arm]:
     for devices in sizes.fleets:
         scales: tuple[ServerScale, ...] = ("mean", "sqrt", "sum") if devices > 1 else ("sum",)
         for scale in scales:
-            config = UpperRunConfig(local_steps=FLEET_STEPS, server_scale=scale, batch_size=4, evaluate_every=0)
+            config = UpperRunConfig(
+                local_steps=FLEET_STEPS, one_sided=0, server_scale=scale, batch_size=4, evaluate_every=0
+            )
             found.append(Arm(f"{devices} devices, {scale}", config, "upper", devices, sizes.fleet_rounds))
     return found
 
