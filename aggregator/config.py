@@ -48,8 +48,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seeds: int = 4096  # K
     dtype: WeightDtype | None = None  # None: as the base file says
     # The wire.
-    scalar_format: NumberFormat = "f32"  # of the numbers in updates
-    change_format: NumberFormat = "f32"  # of the numbers in plans' changes; what rounding leaves over is carried on
+    scalar_format: NumberFormat = "f16"  # of the numbers in updates
+    change_format: NumberFormat = "f16"  # of the numbers in plans' changes; what rounding leaves over is carried on
     first_order: Literal["refuse", "accept"] = "refuse"  # updates that carry a change of coefficients, not scalars
     # A device's work in one round.
     rounds: int = 50
@@ -129,6 +129,8 @@ class PaperRunConfig(RunConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     directions: DirectionKind = "gaussian"
     dtype: WeightDtype | None = "fp16"
+    scalar_format: NumberFormat = "f32"
+    change_format: NumberFormat = "f32"
     rounds: int = 40
     local_steps: int = 200
     batch_size: int = 1

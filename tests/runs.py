@@ -24,8 +24,9 @@ FLEET_MODEL, OTHER_MODEL, THIRD_MODEL = b"m" * 16, b"o" * 16, b"t" * 16
 
 
 def spec_of(**settings: Any) -> Spec:
-    """A run of 4 rounds that closes at 2 updates; `settings` change it."""
+    """A run of 4 rounds that closes at 2 updates, numbers in f32; `settings` change it."""
     small = {"seeds": 256, "local_steps": 3, "rounds": 4, "deadline_s": 60.0, "step": "plain", "lr": 0.5}
+    small |= {"scalar_format": "f32", "change_format": "f32"}
     return new_spec("night", BASE, RunConfig(**{**small, **settings}), pool_key=7, nonce_key=bytes(32))
 
 

@@ -24,6 +24,7 @@ from aggregator.state import coefficients_of
 from aggregator.store import Store
 from shared.delta import read_delta
 from shared.errors import UserError
+from shared.wire import scalars_to_bytes
 from tests.brokers import needs_mosquitto, running_mosquitto
 from tests.runs import BASE, START_MS, arrival, update_of
 from tests.test_store import played
@@ -65,7 +66,8 @@ def shell(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> Shell:
 def serve_two_rounds(shell: Shell) -> None:
     """Play two rounds into the store, as a serving process would."""
     with Store.open(shell.store) as store:
-        events = [arrival(device, update_of(number)) for number in (0, 1) for device in "ab"]
+        scalars = scalars_to_bytes([1, 2, 3], "f16")
+        events = [arrival(device, update_of(number, scalars=scalars)) for number in (0, 1) for device in "ab"]
         played(store, store.state("night"), Begin(START_MS), *events)
 
 

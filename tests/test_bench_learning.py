@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 from aggregator.config import RunConfig
 from edge_client.data.batches import Tokens
 from tools import bench_learning
-from tools.bench_learning import FULL, QUICK, RECIPE, Curve, arms, rows_of, short_recipe
+from tools.bench_learning import FULL, QUICK, RECIPE, Curve, arms, recipe_in, rows_of
 from tools.bench_learning_data import LearningBench
 from tools.bench_learning_fleet import dealt, learn
 from tools.bench_learning_plot import plot_curves
@@ -78,8 +78,8 @@ def test_the_recipe_is_compared_with_the_best_rate_seed_by_seed() -> None:
     *rest, last = rows_of(curves)
     assert last.baseline == "plain, lr 1" and last.values == (0.5, 0.5)
     assert rest[0].what == "plain, lr 1: loss at 100 forwards" and rest[0].baseline == "untuned: 8.000"
-    *_, shorter = rows_of([*curves, *two(short_recipe("f16"), 4.5, 0.25)])
-    assert shorter.what == "recipe in f16: loss at the end above that in f32" and shorter.values == (0.5, 0.25)
+    *_, shorter = rows_of([*curves, *two(recipe_in("f8"), 4.5, 0.25)])
+    assert shorter.what == "recipe in f8: loss at the end above that in f16" and shorter.values == (0.5, 0.25)
 
 
 def test_a_picture_of_curves_and_fleets_is_written(tmp_path: Path) -> None:
@@ -95,9 +95,10 @@ def test_the_quick_set_has_one_plain_rate_and_the_recipe() -> None:
     assert bench_learning.fleets(QUICK) == []
 
 
-def test_the_full_set_has_the_recipe_with_all_numbers_in_each_short_format() -> None:
-    short = {arm.name: arm.config for arm in arms(FULL) if arm.config.scalar_format != "f32"}
-    assert {name: config.change_format for name, config in short.items()} == {
-        "recipe in f16": "f16",
-        "recipe in f8": "f8",
+def test_the_full_set_has_the_recipe_with_all_numbers_in_each_format() -> None:
+    recipes = {arm.name: arm.config for arm in arms(FULL) if arm.name.startswith(RECIPE)}
+    assert {name: (config.scalar_format, config.change_format) for name, config in recipes.items()} == {
+        "recipe": ("f16", "f16"),
+        "recipe in f32": ("f32", "f32"),
+        "recipe in f8": ("f8", "f8"),
     }

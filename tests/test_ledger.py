@@ -122,6 +122,7 @@ def test_the_outermost_layer_that_is_known_counts() -> None:
 def small(folder: Path, **settings: object) -> SmallFleet:
     """A run of a few short rounds that any one device closes."""
     shape: dict[str, object] = {"seeds": 256, "local_steps": 6, "quorum": 1, "batch_size": 1, "deadline_s": 1e6}
+    shape |= {"scalar_format": "f32", "change_format": "f32"}
     return SmallFleet(folder, RunConfig(**{**shape, **settings}))  # type: ignore[arg-type]
 
 

@@ -75,7 +75,7 @@ def test_the_sessions_of_this_version_are_all_there():
 def test_the_second_decoder_reads_everything_that_was_said(name):
     session, version = SESSIONS[name], int(name.split("-")[0][1:])
     read, context = 0, {"seeds": 256, "scalar_format": "f16"}
-    context["change_format"] = session["run_settings"].get("change_format", "f32")
+    context["change_format"] = session["run_settings"]["change_format"]
     for entry in session["events"]:
         for topic, payload, _ in recorded(session, entry):
             kind = parse_topic(topic).kind

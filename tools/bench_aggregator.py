@@ -19,7 +19,7 @@ from shared.seeds import draw
 from shared.steprule import deltas
 from shared.wire import decode, scalars_from_bytes
 from tools.bench import BenchResult, Measured, load, machine, repeated
-from tools.bench_feed import FULL, QUICK, STEPS, Feed, Sizes, served, spec, updates_of
+from tools.bench_feed import FORM, FULL, QUICK, STEPS, Feed, Sizes, served, spec, updates_of
 from tools.bench_serving import idle_memory, through_mosquitto
 
 
@@ -75,7 +75,7 @@ def _replay(sizes: Sizes) -> Measured:
     def slow() -> float:
         began_s = time.perf_counter()
         for device, update in updates:
-            scalars = scalars_from_bytes(update.scalars, "f32")  # type: ignore[union-attr]
+            scalars = scalars_from_bytes(update.scalars, FORM)  # type: ignore[union-attr]
             draw(plan.nonce, device, scalars.size, facts.seeds, None)
             deltas(plan.step, scalars)
         return (time.perf_counter() - began_s) / sizes.replays * 1e5

@@ -16,13 +16,14 @@ from aggregator.service import Service
 from aggregator.spec import Spec, new_spec
 from aggregator.store import Store
 from shared.manifest import Manifest, RunBase, Tensor
-from shared.messages import Update
+from shared.messages import NumberFormat, Update
 from shared.transport import Connected, Delivered, Event, Received, TrafficCount, Transport
 from shared.wire import decode, encode, scalars_to_bytes
 
 RUN = "bench"
 STEPS = 200  # scalars per update, as in the paper
 SEEDS = 4096
+FORM: NumberFormat = "f32"  # the longest
 _BASE = RunBase("bench/model", "bf16", Manifest((Tensor("w", (64, 64)),)), bytes(32))
 
 
@@ -95,7 +96,9 @@ class Feed:
 
 
 def spec(quorum: int) -> Spec:
-    config = RunConfig(seeds=SEEDS, local_steps=STEPS, quorum=quorum, deadline_s=86_400.0)
+    config = RunConfig(
+        seeds=SEEDS, local_steps=STEPS, scalar_format=FORM, change_format=FORM, quorum=quorum, deadline_s=86_400.0
+    )
     return new_spec(RUN, _BASE, config, pool_key=1, nonce_key=bytes(32))
 
 
@@ -104,7 +107,7 @@ def updates_of(count: int) -> list[tuple[str, bytes]]:
     made = []
     for number in range(count):
         scalars = rng.normal(size=STEPS).astype(np.float32)
-        update = Update(0, 1 + number % 1000, 2.0, 3.0, None, bytes(16), scalars_to_bytes(scalars, "f32"), None)
+        update = Update(0, 1 + number % 1000, 2.0, 3.0, None, bytes(16), scalars_to_bytes(scalars, FORM), None)
         made.append((f"device-{number:06d}", encode(update)))
     return made
 

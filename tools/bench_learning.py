@@ -4,7 +4,7 @@ The baseline is MeZO's and FedKSeed's rule on all weights, `a[k] -= lr * g`, wit
 counts. kseed's recipe is the preset `upper`: a normalised step that is steered by held-out loss, on the upper third
 of the layers (`edge_client.scopes`). Both are run configurations, learn from the same examples by the same code
 (`tools.bench_learning_fleet`), and are judged on examples that no device has. A forward pass is that of one batch;
-those of held-out evaluations count too. The recipe runs again with its numbers in 16 and 8 bits on the wire. Then
+those of held-out evaluations count too. The recipe runs again with its numbers in 32 and 8 bits on the wire. Then
 fleets: what 1 and 4 devices reach in a round, averaged and added up.
 """
 
@@ -30,7 +30,7 @@ STEPS = 20  # local steps of a round
 FLEET_STEPS = 5
 PLAIN_RATES = (1e-5, 3e-5, 1e-4)  # FedKSeed's own is 3e-7, MeZO's 1e-7 to 1e-5, for larger models
 RECIPE = "recipe"
-FORMATS: tuple[NumberFormat, ...] = ("f16", "f8")  # besides f32, of scalars and of changes
+FORMATS: tuple[NumberFormat, ...] = ("f32", "f8")  # besides the f16 of the recipe, of scalars and of changes
 GOAL = "<= 0.33"
 
 
@@ -57,7 +57,7 @@ class Sizes:
     rates: tuple[float, ...]
     fleets: tuple[int, ...]
     fleet_rounds: int
-    has_formats: bool  # the recipe with shorter numbers as well
+    has_formats: bool  # the recipe with longer and shorter numbers as well
 
 
 FULL = Sizes(
@@ -104,14 +104,14 @@ def arms(sizes: Sizes) -> list[Arm]:
         for rate in sizes.rates
     ]
     recipe = UpperRunConfig()
-    short = [
-        Arm(short_recipe(form), msgspec.structs.replace(recipe, scalar_format=form, change_format=form), "upper")
+    other = [
+        Arm(recipe_in(form), msgspec.structs.replace(recipe, scalar_format=form, change_format=form), "upper")
         for form in (FORMATS if sizes.has_formats else ())
     ]
-    return [*plain, Arm(RECIPE, recipe, "upper"), *short]
+    return [*plain, Arm(RECIPE, recipe, "upper"), *other]
 
 
-def short_recipe(form: NumberFormat) -> str:
+def recipe_in(form: NumberFormat) -> str:
     """The name of the recipe's arm with all its numbers in `form`."""
     return f"{RECIPE} in {form}"
 
@@ -161,10 +161,10 @@ def rows_of(curves: Sequence[Curve]) -> Iterator[Measured]:
     parts = tuple(ours.forwards_to(theirs.loss) / theirs.points[-1][0] for ours, theirs in pairs)
     yield Measured("forwards of the recipe to the loss of the best plain, / its own", "x", parts, GOAL, f"{best}")
     for form in FORMATS:
-        if (name := short_recipe(form)) in by_arm:
+        if (name := recipe_in(form)) in by_arm:
             pairs = zip(by_arm[name], by_arm[RECIPE], strict=True)
-            more = tuple(short.loss - long.loss for short, long in pairs)
-            yield Measured(f"{name}: loss at the end above that in f32", "nats", more, "", "same seed in f32")
+            more = tuple(other.loss - usual.loss for other, usual in pairs)
+            yield Measured(f"{name}: loss at the end above that in f16", "nats", more, "", "same seed in f16")
 
 
 def _main(source: str, data: str, how: str) -> None:

@@ -60,7 +60,8 @@ class Recorder:
     """Both sides, a network that delivers in order, and the recording of it all."""
 
     def __init__(self, name: str, about: str, **settings: object) -> None:
-        small = {"seeds": 256, "rounds": 3, "local_steps": 3, "quorum": 2, "deadline_s": 60.0, "scalar_format": "f16"}
+        small: Json = {"seeds": 256, "rounds": 3, "local_steps": 3, "quorum": 2, "deadline_s": 60.0}
+        small |= {"scalar_format": "f16", "change_format": "f32"}
         self.settings: Json = {**small, **settings}
         self.aggregator = AggregatorSide(spec_of(self.settings))
         self.agents: dict[str, AgentSide] = {}
