@@ -24,7 +24,7 @@ from tools.out_folder import prepare_folder
 from tools.processes import Child, crew
 from tools.soak_check import read_metrics
 from tools.soak_world import AGENTS, RUN, World, create_command, join_command, make_world, serve_command
-from tools.yield_check import Cycle, Seen, longest_step, measure, violations
+from tools.yield_check import Cycle, Seen, has_two_steps, measure, violations
 from tools.yield_loads import Loads, can_unplug
 from tools.yield_report import YieldReport
 from tools.yield_schedule import Kind, Load, schedule
@@ -147,7 +147,9 @@ def _cycle(load: Load, settings: YieldSettings, loads: Loads, watch: Watch, agen
     seen.began_s = time.monotonic()
     with loads.on(load.kind):
         from_s = seen.began_s if load.kind != "memory" else _when_taken(seen, look)
-        while look().at_s < from_s + load.load_s:
+        until_s = from_s + load.load_s
+        # The step that is under way is starved by a load of the CPU. So a load waits a while for its end.
+        while (glance := look()).at_s < until_s or (not glance.reason and glance.at_s < until_s + SHORT_S):
             pass
     seen.ended_s = time.monotonic()
     working_s: float | None = None
@@ -177,7 +179,7 @@ def _wait_for_work(calm_s: float, quiet_s: float, seen: Seen, look: Callable[[],
             if glance.at_s - began_s > PATIENCE_S + quiet_s:
                 why = glance.reason or "it takes no step"
                 raise UnavailableError(f"the agent is not at work, so it cannot yield: {why}")
-        elif glance.at_s - seen.glances[0].at_s >= calm_s and longest_step(seen.glances):
+        elif glance.at_s - seen.glances[0].at_s >= calm_s and has_two_steps(seen.glances):
             return
 
 
