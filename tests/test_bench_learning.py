@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 from aggregator.config import RunConfig
 from edge_client.data.batches import Tokens
 from tools import bench_learning
-from tools.bench_learning import FULL, QUICK, RECIPE, Curve, arms, recipe_in, rows_of
+from tools.bench_learning import FULL, QUICK, RECIPE, STEPS, Curve, arms, recipe_in, rows_of
 from tools.bench_learning_data import LearningBench
 from tools.bench_learning_fleet import dealt, learn
 from tools.bench_learning_plot import plot_curves
@@ -93,6 +93,12 @@ def test_a_picture_of_curves_and_fleets_is_written(tmp_path: Path) -> None:
 def test_the_quick_set_has_one_plain_rate_and_the_recipe() -> None:
     assert [arm.name for arm in arms(QUICK)] == ["plain, lr 3e-05", RECIPE]
     assert bench_learning.fleets(QUICK) == []
+
+
+def test_text_without_labels_has_a_recipe_of_its_own_and_no_fleets() -> None:
+    *plain, recipe = arms(FULL, has_labels=False)
+    assert [arm.name for arm in plain] == ["plain, lr 1e-05", "plain, lr 3e-05", "plain, lr 0.0001"]
+    assert (recipe.name, recipe.scope, recipe.config) == (RECIPE, "all", RunConfig(local_steps=STEPS))
 
 
 def test_the_full_set_has_the_recipe_with_all_numbers_in_each_format() -> None:

@@ -1,11 +1,12 @@
 """`kseed bench learning`: what a run learns from the same number of forward passes, against plain ZO-SGD.
 
 The baseline is MeZO's and FedKSeed's rule on all weights, `a[k] -= lr * g`, with each rate of a small grid; the best
-counts. kseed's recipe is the preset `upper`: a normalised step that is steered by held-out loss, on the upper third
-of the layers (`edge_client.scopes`). Both are run configurations, learn from the same examples by the same code
-(`tools.bench_learning_fleet`), and are judged on examples that no device has. A forward pass is that of one batch;
-those of held-out evaluations count too. The recipe runs again with its numbers in 32 and 8 bits on the wire. Then
-fleets: what 1 and 4 devices reach in a round, averaged and added up.
+counts. kseed's recipe has a normalised step that is steered by held-out loss: for data with labels the preset `upper`
+on the upper third of the layers (`edge_client.scopes`), for text the default preset on all weights. Both are run
+configurations, learn from the same examples by the same code (`tools.bench_learning_fleet`), and are judged on
+examples that no device has. A forward pass is that of one batch; those of held-out evaluations count too. With labels,
+the recipe runs again with its numbers in 32 and 8 bits on the wire, and fleets: what 1 and 4 devices reach in a round,
+averaged and added up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tools.bench import Asked, BenchResult, Measured, load, machine
 from tools.bench_step import in_process, model_of
 
 STEPS = 20  # local steps of a round
-FLEET_STEPS = 5
+FLEET_STEPS = 8
 PLAIN_RATES = (1e-5, 3e-5, 1e-4)  # FedKSeed's own is 3e-7, MeZO's 1e-7 to 1e-5, for larger models
 RECIPE = "recipe"
 FORMATS: tuple[NumberFormat, ...] = ("f32", "f8")  # besides the f16 of the recipe, of scalars and of changes
@@ -97,12 +98,14 @@ class Curve:
         return float("inf")
 
 
-def arms(sizes: Sizes) -> list[Arm]:
-    """All that is compared at equal forwards: plain ZO-SGD at each rate, then the recipe."""
+def arms(sizes: Sizes, *, has_labels: bool = True) -> list[Arm]:
+    """All that is compared at equal forwards: plain ZO-SGD at each rate, then the recipe for such data."""
     plain = [
         Arm(f"plain, lr {rate:g}", RunConfig(local_steps=STEPS, step="plain", lr=rate, eps=1e-3, evaluate_every=0))
         for rate in sizes.rates
     ]
+    if not has_labels:
+        return [*plain, Arm(RECIPE, RunConfig(local_steps=STEPS))]
     recipe = UpperRunConfig()
     other = [
         Arm(recipe_in(form), msgspec.structs.replace(recipe, scalar_format=form, change_format=form), "upper")
@@ -122,9 +125,7 @@ def fleets(sizes: Sizes) -> list[Arm]:
     for devices in sizes.fleets:
         scales: tuple[ServerScale, ...] = ("mean", "sqrt", "sum") if devices > 1 else ("sum",)
         for scale in scales:
-            config = UpperRunConfig(
-                local_steps=FLEET_STEPS, one_sided=0, server_scale=scale, batch_size=4, evaluate_every=0
-            )
+            config = UpperRunConfig(local_steps=FLEET_STEPS, server_scale=scale, batch_size=4, evaluate_every=0)
             found.append(Arm(f"{devices} devices, {scale}", config, "upper", devices, sizes.fleet_rounds))
     return found
 
@@ -173,11 +174,13 @@ def _main(source: str, data: str, how: str) -> None:
     sleep_while_waiting()  # as agents do
     from tools.bench_learning_data import LearningBench
 
-    sizes = QUICK if how == "quick" else FULL
+    sizes, path = QUICK if how == "quick" else FULL, Path(data) if data else None
+    has_labels = bool(LearningBench(source, path, "all", 1, 1).bench.task.answers)
+    compared = arms(sizes, has_labels=has_labels)
     found = []
     for seed in range(1, sizes.seeds + 1):
-        for arm in [*arms(sizes), *(fleets(sizes) if seed == 1 else [])]:
-            bench = LearningBench(source, Path(data) if data else None, arm.scope, seed, sizes.judged)
+        for arm in [*compared, *(fleets(sizes) if has_labels and seed == 1 else [])]:
+            bench = LearningBench(source, path, arm.scope, seed, sizes.judged)
             points = bench.curve(arm.config, arm.devices, sizes.held_out, arm.rounds, sizes.forwards, sizes.every)
             print(f"{arm.name}, seed {seed}: loss {points[-1][1]:.3f}", file=sys.stderr, flush=True)
             found.append([arm.name, seed, points])
