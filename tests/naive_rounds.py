@@ -110,6 +110,7 @@ class NaiveRun:
             "phase": self.phase,
             "nonce": self._nonce(self.round).hex(),
             "local_steps": s["local_steps"],
+            "one_sided": s["one_sided"],
             "batch_size": s["batch_size"],
             "eps": s["eps"],
             "step": self._rule(),

@@ -14,13 +14,13 @@ DEVICES = ("ann", "bob", "cas", "dan", "eve")
 MODEL, OTHER, THIRD = b"m" * 16, b"x" * 16, b"y" * 16
 NAN, INF = math.nan, math.inf
 
+groups = st.sampled_from([(3, 0), (3, 3), (1, 0)]).map(lambda pair: {"local_steps": pair[0], "one_sided": pair[1]})
 steps_and_kinds = st.sampled_from([("plain", "refuse"), ("normalised", "refuse"), ("normalised", "accept")]).map(
     lambda pair: {"step": pair[0], "first_order": pair[1]}
 )
 configurations = st.fixed_dictionaries(
     {
         "seeds": st.just(256),
-        "local_steps": st.sampled_from([3, 3, 1]),
         "rounds": st.sampled_from([30, 30, 30, 4]),
         "scalar_format": st.sampled_from(["f32", "f16", "f8"]),
         "change_format": st.sampled_from(["f32", "f16", "f8"]),

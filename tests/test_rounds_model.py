@@ -24,6 +24,7 @@ from round_events import (
     fields,
     frozen,
     good,
+    groups,
     leasts,
     rounds_of_updates,
     selections,
@@ -66,9 +67,9 @@ passing_ms = st.sampled_from([0, 1, 900, 30_000, 61_000])
 class Rounds(RuleBasedStateMachine):
     """One run. `model` is the naive one, `state` and `store` are the aggregator's."""
 
-    @initialize(config=configurations, kinds=steps_and_kinds, least=leasts, who=selections)
-    def create(self, config, kinds, least, who):
-        config = {**config, **kinds, **least, **who}
+    @initialize(config=configurations, group=groups, kinds=steps_and_kinds, least=leasts, who=selections)
+    def create(self, config, group, kinds, least, who):
+        config = {**config, **group, **kinds, **least, **who}
         self.folder = tempfile.TemporaryDirectory(dir=FAST)
         self.path = Path(self.folder.name) / "store.sqlite"
         self.store = Store.open(self.path, may_create=True)
