@@ -17,6 +17,7 @@ from edge_client import session
 from edge_client.events import (
     Abandon,
     Action,
+    Begun,
     Broken,
     CloseRound,
     Conclude,
@@ -33,6 +34,7 @@ from edge_client.events import (
     Publish,
     Rebuild,
     Rebuilt,
+    Refused,
     Say,
     Subscribe,
     Tick,
@@ -42,7 +44,7 @@ from edge_client.events import (
 from edge_client.job_runner import JobRunner
 from edge_client.jobs import StepReport, Trainer
 from edge_client.ledger import Ledger
-from edge_client.outbox import Outbox
+from edge_client.outbox import NoOutbox, Outbox
 from edge_client.progress import Screen, Status, activity, status_line
 from edge_client.reading import Sent, read
 from edge_client.state import Identity
@@ -85,11 +87,12 @@ class Agent:
         metrics: MetricsFile | None = None,
         outbox: Outbox | None = None,
         ledger: Ledger | None = None,
+        begun: Begun | None = None,
+        refused: Callable[[int], None] = lambda number: None,
     ) -> None:
         self.ending: Finish | None = None
-        self._outbox = outbox
-        kept = None if outbox is None else outbox.read()
-        self.state = session.start(identity, clock.now_s(), clock.unix_ms(), kept)
+        self._outbox = outbox or NoOutbox()
+        self.state = session.start(identity, clock.now_s(), clock.unix_ms(), self._outbox.read(), begun)
         self._transport = transport
         self._trainer = trainer
         self._clock = clock
@@ -98,6 +101,7 @@ class Agent:
         self._memory_bytes = memory_bytes
         self._energy_j = energy_j
         self._is_asked_to_finish = is_asked_to_finish
+        self._refused = refused
         self._teller = teller or NoTeller()
         self._jobs = JobRunner(clock.now_s, rest_s)
         self._metrics = metrics or MetricsFile(None)
@@ -109,6 +113,7 @@ class Agent:
 
     def start(self) -> None:
         """Begin connecting."""
+        self._feed(LeaveAfterRound(self._is_asked_to_finish()))  # before a plan that comes in
         self._transport.start()
 
     def leave(self) -> None:
@@ -165,7 +170,9 @@ class Agent:
         return not self.state.is_finished
 
     def _look_at_gate(self) -> None:
-        self._feed(GateChanged(self._gate() or self._ledger.pause(self.state)))
+        reason = self._gate()
+        spent = self._ledger.pause(self.state, is_held=reason is not None)
+        self._feed(GateChanged(reason or spent, self._ledger.is_quiet))
 
     @property
     def _may_work(self) -> bool:
@@ -176,8 +183,7 @@ class Agent:
         if self.state.pause is not None:
             self._tally.paused_s += now_s - self._last_turn_s
         self._last_turn_s = now_s
-        if self._outbox is not None:
-            self._outbox.retry(now_s)
+        self._outbox.retry(now_s)
         self._feed(Tick(now_s, self._clock.unix_ms()))
 
     def _hear(self, event: TransportEvent) -> None:
@@ -209,11 +215,11 @@ class Agent:
             case Say(text, is_warning):
                 self._screen.say(f"warning: {text}" if is_warning else text)
             case Keep(kept):
-                if self._outbox is not None:
-                    self._outbox.keep(kept)
+                self._outbox.keep(kept)
             case Forget():
-                if self._outbox is not None:
-                    self._outbox.forget()
+                self._outbox.forget()
+            case Refused(number):
+                self._refused(number)
             case CloseRound():
                 self._close_round(action)
             case Finish():

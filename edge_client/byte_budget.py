@@ -1,8 +1,10 @@
 """How many bytes the owner allows per day and per round, and what follows: a pure function, no clock, no disk.
 
-A round that has begun is finished: what its plan cost is spent, and half a round helps nobody. So the question is asked
-once per round, before its first step. Who cannot afford another round today stops listening to plans, which go on
-costing: spreading rounds over the day instead would cost a whole snapshot (16 KB) at each return.
+A round that has begun is finished and sent: what its plan cost is spent, and half a round helps nobody. So the question
+is asked once per round, before its first step. Where the day's bytes run out all the same, its update goes out once,
+and nothing else is heard or said twice: the limit is passed by an update and its receipt at most. Who cannot afford
+another round today stops listening to plans, which go on costing: spreading rounds over the day instead would cost a
+whole snapshot (16 KB) at each return.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -24,6 +27,8 @@ PAST_ROUNDS = 8  # that an estimate looks at
 # A round that was never seen, at most: a scalar of 4 bytes up, a seed and a coefficient down, and everything around.
 _STEP_BYTES, _ROUND_BYTES = 10, 1000
 _SNAPSHOT_BYTES = 1000  # around its coefficients
+
+Stage = Literal["open", "kept", "sending", "sent"]  # of a round; see Wanted
 
 
 class ByteLimits(msgspec.Struct, frozen=True):
@@ -48,11 +53,16 @@ class PastRound(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Wanted:
-    """The round that could begin."""
+    """The round that could begin, or is under way.
+
+    stage: open: no update is made yet; kept: an earlier life made one, and only a plan can tell whether it counts now;
+    sending: it is made; sent: the broker has it, and the receipt is missing.
+    """
 
     key: tuple[int, bytes]  # number and nonce
     round_bytes: int  # estimated
     catch_up_bytes: int  # of the snapshot, where the model state is not here
+    stage: Stage = "open"
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Standing:
     day: str = ""
     begun: tuple[int, bytes] | None = None  # the round that may be finished
     pause: str | None = None  # why no round may begin, and what ends that; it names what was true at first, and stays
-    is_quiet: bool = False  # until the day is over: no plans
+    is_quiet: bool = False  # until the day is over: no plans, and no update twice
 
 
 def decide(
@@ -74,17 +84,21 @@ def decide(
     standing: Standing,
     keepalive_s: int,
 ) -> Standing:
-    """Whether the round that is wanted may begin; `wanted` is None where there is none to begin.
+    """Whether the round that is wanted may begin or go on; `wanted` is None where there is none.
 
     day: the local date; spent_bytes: of it; seconds_left: until midnight.
     """
-    if standing.is_quiet and standing.day == day:
-        return standing
     if standing.day != day:
         standing = Standing(day, standing.begun)
-    if limits.day_bytes and spent_bytes >= limits.day_bytes:
-        return Standing(day, None, _day_text(limits, spent_bytes), is_quiet=True)
-    if wanted is None or wanted.key == standing.begun:
+    is_spent = standing.is_quiet or 0 < limits.day_bytes <= spent_bytes
+    stage = None if wanted is None else wanted.stage
+    if wanted is not None and stage == "kept":
+        return Standing(day, wanted.key)
+    if wanted is not None and (stage == "sending" or (wanted.key == standing.begun and _may_end(wanted, is_spent))):
+        return Standing(day, wanted.key, is_quiet=is_spent)
+    if is_spent:
+        return standing if standing.pause else Standing(day, None, _day_text(limits, spent_bytes), is_quiet=True)
+    if wanted is None or stage == "sent":
         return Standing(day, standing.begun)
     cost = wanted.round_bytes
     if limits.round_bytes and cost > limits.round_bytes:
@@ -94,6 +108,11 @@ def decide(
     if limits.day_bytes and spent_bytes + cost + wanted.catch_up_bytes + idle_bytes > limits.day_bytes:
         return Standing(day, None, _day_text(limits, spent_bytes, cost + wanted.catch_up_bytes), is_quiet=True)
     return Standing(day, wanted.key)
+
+
+def _may_end(wanted: Wanted, is_spent: bool) -> bool:
+    """Whether the round that has begun goes on: not to send what the broker has, nor to fetch the model over again."""
+    return wanted.stage == "open" and not (is_spent and wanted.catch_up_bytes)
 
 
 def _day_text(limits: ByteLimits, spent_bytes: int, cost: int = 0) -> str:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from edge_client.events import EXIT_PEER, Abandon, Action, Finish, Publish, Say, Subscribe, Trained, TrainingFailed
+from edge_client.events import (
+    EXIT_PEER,
+    Abandon,
+    Action,
+    Finish,
+    Publish,
+    Refused,
+    Say,
+    Subscribe,
+    Trained,
+    TrainingFailed,
+)
 from edge_client.following import pursue
 from edge_client.state import Evaluating, Fetching, Sending, Settled, State, Step, Training, Waiting
 from shared.messages import Receipt
@@ -66,12 +77,12 @@ def send_if_due(state: State) -> Step:
     work = state.work
     if not isinstance(work, Sending) or not state.link.is_connected or state.now_s < work.due_s:
         return state, ()
-    if work.is_underway:  # a bad link must not pile up copies
+    if work.is_underway or (work.is_taken and state.is_silent):  # a bad link must not pile up copies, nor cost more
         return state, ()
     if state.plan is None or state.plan.phase != "open":
         return state, ()
     interval_s = min(work.interval_s, state.identity.limits.resend_max_s)
-    waiting = Sending(work.update, state.now_s + interval_s, 2 * interval_s, is_underway=True)
+    waiting = Sending(work.update, state.now_s + interval_s, 2 * interval_s, is_underway=True, is_taken=work.is_taken)
     return replace(state, work=waiting), (
         Publish(Topic(state.identity.run, "update", state.identity.device), work.update),
     )
@@ -85,8 +96,18 @@ def send_now(state: State) -> Step:
 
 
 def on_receipt(state: State, receipt: Receipt) -> Step:
-    """What became of an update. Receipts for anything but the update under way are echoes, except DIVERGED."""
+    """What became of an update. Receipts for anything but the update under way are echoes, except DIVERGED.
+
+    Whoever keeps an account of what was told hears of refusals that come too late for anything else as well.
+    """
     code = Refusal(receipt.code)
+    state, actions = _settled(state, receipt, code)
+    if CONSEQUENCES[code] in ("counts", "again", "closed") or code is Refusal.CONFLICT:  # an update of the round counts
+        return state, actions
+    return state, (Refused(receipt.round), *actions)
+
+
+def _settled(state: State, receipt: Receipt, code: Refusal) -> Step:
     consequence = CONSEQUENCES[code]
     if consequence == "diverged":
         return _on_diverged(state, receipt)
@@ -100,7 +121,7 @@ def on_receipt(state: State, receipt: Receipt) -> Step:
         return replace(noted, work=Settled(), accepted=receipt.round), (said,)
     if consequence in ("again", "closed"):
         interval_s = min(work.interval_s, state.identity.limits.resend_max_s)
-        later = Sending(work.update, state.now_s + interval_s, 2 * interval_s)  # the receipt shows that it arrived
+        later = Sending(work.update, state.now_s + interval_s, 2 * interval_s, is_taken=True)  # its receipt is here
         look = (Subscribe(Topic(state.identity.run, "plan")),) if consequence == "closed" else ()
         return replace(noted, work=later), (Say(f"{text} Next try in {interval_s:.0f} s.", is_warning=True), *look)
     if consequence == "stop":

@@ -26,6 +26,14 @@ class Kept:
     update: Update
 
 
+@dataclass(frozen=True)
+class Begun:
+    """The round whose local steps an earlier life of this agent began last."""
+
+    round: int
+    nonce: bytes
+
+
 # Events: from the network, then from the device itself.
 
 
@@ -91,6 +99,7 @@ class GateChanged:
     """Why the device may not work now; None: it may."""
 
     reason: str | None
+    is_silent: bool = False  # the day's bytes are spent: nothing is sent twice
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,13 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """The update of this round counts for nothing, and never will."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class CloseRound:
     """A round is over for this device: write its metrics."""
 
@@ -245,4 +261,4 @@ class Finish:
 
 Outboxed = Union[Keep, Forget]
 ModelAction = Union[LoadModel, Rebuild, Train, Conclude, Abandon, Evaluate]
-Action = Union[Subscribe, Unsubscribe, Publish, ModelAction, Outboxed, CloseRound, Say, Finish]
+Action = Union[Subscribe, Unsubscribe, Publish, ModelAction, Outboxed, Refused, CloseRound, Say, Finish]

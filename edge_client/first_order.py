@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.data.batches import Batch
+from edge_client.first_order_fit import gradients_beside
 from edge_client.first_order_gradient import OffsetGradient
 from edge_client.first_order_kept import KeptGradient, RoundUnderWay, begun
 from edge_client.first_order_steps import gradient_steps, steps_of
+from edge_client.fit import MOST_AT_ONCE
 from edge_client.jobs import Report, StepReport
 from edge_client.kept_steps import work_of
 from edge_client.model import LoadedModel
@@ -54,6 +56,7 @@ class GradientSettings:
     estimator: Literal["forward", "gradient", "auto"]
     kept: KeptGradient
     round_bytes: int = 0  # the owner's budget; 0: none
+    max_length: int = 1024  # tokens of the longest example
 
 
 def chosen(
@@ -67,14 +70,23 @@ def chosen(
 ) -> FirstOrderRounds | None:
     """Exact gradients, or None: forward passes alone. Raises UserError where they are demanded and the run has none.
 
-    at_once: sequences that go through the model together to begin with; None for all.
+    `auto` leaves them where the memory that is free does not reach for a single sequence; who demands them tries.
+    at_once: sequences that go through the model together to begin with, where a gradient has room for so many; None
+    for all.
     """
     if settings is None or settings.estimator == "forward":
         return None
     why = _refusal(run)
     if why is None:
-        say("estimator gradient: exact gradients by backprop; updates are changes of coefficients")
-        return FirstOrderRounds(overlay, loaded, run, settings, data_digest, say, at_once)
+        config, place = loaded.model.config.to_dict(), str(loaded.device)
+        length = settings.max_length
+        fits, sums = gradients_beside(config, overlay.dtype, place, seeds=run.seeds, max_length=length)
+        if fits or settings.estimator == "gradient":
+            say(f"estimator gradient: exact gradients by backprop; updates are changes of coefficients; {sums}")
+            if fits < MOST_AT_ONCE:
+                at_once = min(at_once or MOST_AT_ONCE, fits or 1)
+            return FirstOrderRounds(overlay, loaded, run, settings, data_digest, say, at_once)
+        why = f"exact gradients do not fit: {sums}"
     if settings.estimator == "gradient":
         raise UserError(f"{why}. Join with the estimator forward.")
     say(f"estimator forward, because {why}")
@@ -146,7 +158,7 @@ class FirstOrderRounds:
     def _begun(self, plan: Plan, model_digest: bytes) -> RoundUnderWay:
         run = hashlib.sha256(encode(self._run)).digest()
         work = work_of(self._run, plan, model_digest, self._data_digest, self._kept.agent)
-        return begun(self._kept.read(run, self._run.seeds), run, work, self._run.seeds)
+        return begun(self._kept.read(run, self._run.seeds), run, work, plan.round, self._run.seeds)
 
     def _read(self, change: Change) -> NDArray[np.float64]:
         """What the aggregator reads, float64 (K,)."""

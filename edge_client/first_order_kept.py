@@ -1,8 +1,9 @@
 """What a first-order device must not forget when it is killed: a round's progress, and what it could not yet say.
 
 One sealed file, written whole: the offsets' change, Adam's two means, how far the steps are, and the error feedback:
-the part of the coefficient changes that the fewer bits of updates left out, which the next update says. It is of one
-run; another run's is dropped. Nothing in it is needed: without it a round begins again, and what was left out is lost.
+the part of the coefficient changes that the fewer bits of updates left out, which the next update says. A refused
+update has said nothing (`take_back`). It is of one run; another run's is dropped. Nothing in it is needed: without it a
+round begins again, and what was left out is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from edge_client.first_order_steps import Progress, change_of
 from edge_client.state_files import Disk, Owner, read_whole, sealed, set_aside, unsealed, write_whole
 
-KIND = "kseed gradient 1"
+KIND = "kseed gradient 2"
 SYNC_S = 10.0  # a kill loses the gradient steps of this long
 
 Floats32 = NDArray[np.float32]
@@ -31,24 +32,25 @@ class RoundUnderWay:
 
     run: bytes
     work: bytes
+    round: int
     progress: Progress
     unsaid: NDArray[np.float64]  # of the coefficients' change, before this round's update; (K,)
     told: NDArray[np.float64] | None = None  # by this round's update, once it is made; (K,)
 
     @classmethod
-    def first(cls, run: bytes, work: bytes, seeds: int) -> RoundUnderWay:
+    def first(cls, run: bytes, work: bytes, number: int, seeds: int) -> RoundUnderWay:
         """Before a run's first step on this device."""
-        return cls(run, work, Progress.of(seeds), np.zeros(seeds))
+        return cls(run, work, number, Progress.of(seeds), np.zeros(seeds))
 
     @property
     def to_say(self) -> Floats32:
         """The change that an update made now would tell without loss: float32 (K,)."""
         return (change_of(self.progress.moved) + self.unsaid).astype(np.float32)
 
-    def followed_by(self, work: bytes) -> RoundUnderWay:
-        """The next round. A round without an update leaves nothing unsaid: its steps are forgotten."""
+    def followed_by(self, work: bytes, number: int) -> RoundUnderWay:
+        """The next round. One without an update, or with a refused one, said nothing, and its steps are forgotten."""
         unsaid = self.unsaid if self.told is None else self.to_say - self.told
-        return RoundUnderWay(self.run, work, self.progress.next_round(), unsaid)
+        return RoundUnderWay(self.run, work, number, self.progress.next_round(), unsaid)
 
 
 class KeptGradient:
@@ -74,16 +76,24 @@ class KeptGradient:
 
     def read(self, run: bytes, seeds: int) -> RoundUnderWay | None:
         """What an earlier life or round left of this run; None where there is nothing that can be used."""
+        kept = self._read()
+        return kept if kept is not None and kept.run == run and kept.unsaid.size == seeds else None
+
+    def take_back(self, number: int) -> None:
+        """The update of round `number` was refused: what it told of earlier rounds is unsaid again."""
+        kept = self._read()
+        if kept is not None and kept.round == number and kept.told is not None:
+            self.save(replace(kept, told=None), at_once=True)
+
+    def _read(self) -> RoundUnderWay | None:
         try:
             data = read_whole(self._path)
-            kept = None if data is None else _unpacked(self._owner, data)
+            return None if data is None else _unpacked(self._owner, data)
         except OSError as error:
             self._say(f"warning: the progress kept in {self._path} cannot be read: {error.strerror}; beginning again")
-            return None
         except (ValueError, KeyError, TypeError) as error:
             self._say(f"warning: ignored the progress kept in {self._path}: {error}; {set_aside(self._path)}")
-            return None
-        return kept if kept is not None and kept.run == run and kept.unsaid.size == seeds else None
+        return None
 
     def save(self, now: RoundUnderWay, *, at_once: bool = False) -> None:
         """Keep `now`, unless that was done a moment ago and need not be `at_once`. A full disk costs a warning."""
@@ -106,6 +116,7 @@ def _packed(owner: Owner, now: RoundUnderWay) -> bytes:
             KIND,
             run_digest=now.run.hex(),
             work=now.work.hex(),
+            round=now.round,
             is_told=now.told is not None,
             seen=progress.seen,
             steps=progress.steps,
@@ -122,16 +133,18 @@ def _unpacked(owner: Owner, data: bytes) -> RoundUnderWay:
     if fields["arrays"] != hashlib.sha256(body).hexdigest():
         raise ValueError("its numbers do not match their SHA-256")
     moved, mean, square, unsaid, told = np.frombuffer(body, "<f8").reshape(5, -1).astype(np.float64)
-    seen, steps, loss_sum = (fields[name] for name in ("seen", "steps", "loss_sum"))
-    if not (isinstance(seen, int) and isinstance(steps, int) and isinstance(loss_sum, float)):
+    number, seen, steps, loss_sum = (fields[name] for name in ("round", "seen", "steps", "loss_sum"))
+    if not (isinstance(number, int) and isinstance(seen, int) and isinstance(steps, int)):
         raise ValueError("its counts are no numbers")
+    if not isinstance(loss_sum, float):
+        raise ValueError("its loss is no number")
     progress = Progress(moved, mean, square, seen, steps, loss_sum)
     run, work = (bytes.fromhex(str(fields[name])) for name in ("run_digest", "work"))
-    return RoundUnderWay(run, work, progress, unsaid, told if fields["is_told"] else None)
+    return RoundUnderWay(run, work, number, progress, unsaid, told if fields["is_told"] else None)
 
 
-def begun(kept: RoundUnderWay | None, run: bytes, work: bytes, seeds: int) -> RoundUnderWay:
+def begun(kept: RoundUnderWay | None, run: bytes, work: bytes, number: int, seeds: int) -> RoundUnderWay:
     """Where to go on: in the middle of `work`, at the beginning of it, or at the beginning of everything."""
     if kept is None:
-        return RoundUnderWay.first(run, work, seeds)
-    return replace(kept, told=None) if kept.work == work else kept.followed_by(work)
+        return RoundUnderWay.first(run, work, number, seeds)
+    return replace(kept, told=None) if kept.work == work else kept.followed_by(work, number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ MOST_AT_ONCE = 64  # sequences; more are not faster
 FIXED = 250 * MB
 SLICE = 1 << 21  # weights in use at a time (edge_client.placeholders)
 LOGITS = 1 << 22  # turned to float32 at a time, twice (edge_client.loss)
-_ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
+ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 _PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes of a weight with its share of the scales
 
 
@@ -43,6 +44,7 @@ class Size:
     is_packed: bool  # the checkpoint itself
     stored_bytes: int
     can_stream: bool
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,18 @@ class Need:
     activations: float
     logits: float
     rest: float
+    numbers: float = 0.0  # K of them, and more as long
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.weights + self.in_use + self.activations + self.logits + self.rest
+        return self.weights + self.in_use + self.activations + self.logits + self.numbers + self.rest
 
     def __str__(self) -> str:
         """The sum, in MB."""
         parts = [("weights", self.weights), ("weights in use", self.in_use), ("activations", self.activations),
-                 ("logits and loss", self.logits), ("code and the rest", self.rest)]  # fmt: skip
+                 ("logits and loss", self.logits), ("coefficients", self.numbers),
+                 ("code and the rest", self.rest)]  # fmt: skip
         said = " + ".join(f"{part / MB:.0f} {name}" for name, part in parts if part >= MB / 2)
         return f"{said} = {self.total / MB:.0f} MB"
 
@@ -90,7 +94,7 @@ class Fit:
 
 def need(size: Size, form: Form, dtype: WeightDtype, packing: Packing, work: Work) -> Need:
     """What a step takes beyond the memory of a process that has not loaded the model."""
-    item = _ITEM[dtype]
+    item = ITEM[dtype]
     weights: float = 0
     if form == "loaded" and size.is_packed:
         weights = size.stored_bytes
@@ -189,17 +193,31 @@ def size_of(folder: Path) -> Size | None:
         return None
     config = {**config, **(config.get("text_config") or {})}
     matrices = [tensor for name, tensor in stored.items() if _is_inner(name, tensor)]
-    hidden = _first(config, "hidden_size", "n_embd", "d_model")
     is_packed = bool(config.get("quantization_config"))
-    return Size(
+    return replace(
+        shape_of(config),
         weights=sum(tensor.elements for tensor in stored.values()),
         matrices=sum(tensor.elements for tensor in matrices),
-        hidden=hidden,
-        wide=_first(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
-        vocabulary=_first(config, "vocab_size"),
         is_packed=is_packed,
         stored_bytes=sum(tensor.stored_bytes for tensor in stored.values()),
         can_stream=not is_packed,
+    )
+
+
+def shape_of(config: Mapping[str, Any]) -> Size:
+    """What a configuration alone tells of a model; its weights count as none."""
+    config = {**config, **(config.get("text_config") or {})}
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    return Size(
+        weights=0,
+        matrices=0,
+        hidden=hidden,
+        wide=_first(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
+        vocabulary=_first(config, "vocab_size"),
+        is_packed=False,
+        stored_bytes=0,
+        can_stream=False,
+        layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
     )
 
 
@@ -240,5 +258,5 @@ def _is_inner(name: str, tensor: Stored) -> bool:
     return len(tensor.shape) == 2 and any(part.isdecimal() for part in name.split("."))
 
 
-def _first(config: dict[str, Any], *names: str) -> int:
+def _first(config: Mapping[str, Any], *names: str) -> int:
     return next((int(config[name]) for name in names if config.get(name)), 0)

@@ -37,6 +37,7 @@ from edge_client.state import (
     Step,
     Training,
     Waiting,
+    goes_on,
 )
 from shared.changes import add_change, drawn_seeds, read_change
 from shared.errors import PeerError
@@ -161,7 +162,7 @@ def on_snapshot(state: State, snapshot: Snapshot) -> Step:
 
 def begin(state: State) -> Step:
     """Load the model once run and plan are known; then pursue the plan."""
-    if state.run is None or state.plan is None or state.is_leaving:
+    if state.run is None or state.plan is None or (state.is_leaving and not goes_on(state)):
         return state, ()
     if state.model == "none":
         if isinstance(state.work, Sending):  # loading takes long, and nothing is to be computed before its receipt

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_client.events import ModelReady
+from edge_client.events import Begun, ModelReady
 from edge_client.jobs import HeldOutReport, Job, Outcome, Report, StepReport, Trainer
 from edge_client.state_files import Disk, Owner, open_file, read_whole, sealed, set_aside, unsealed, write_whole
 from shared.messages import Everyone, Plan, Run
@@ -48,11 +48,15 @@ class KeptSteps:
         self._disk = disk or Disk()
         self._file: int | None = None
 
-    def begin(self, work: bytes, steps: int) -> tuple[Report, ...]:
-        """The reports that an earlier life left of this `work` (a digest), of at most `steps` steps; then keep more."""
+    def begin(self, work: bytes, steps: int, begun: Begun | None = None) -> tuple[Report, ...]:
+        """The reports that an earlier life left of this `work` (a digest), of at most `steps` steps; then keep more.
+
+        begun: the round, as the next life is to find it.
+        """
         self.close()
         reports = self._read(work, steps)
-        header = sealed(self._owner, KIND, work=work.hex())
+        told: dict[str, object] = {} if begun is None else {"round": begun.round, "nonce": begun.nonce.hex()}
+        header = sealed(self._owner, KIND, work=work.hex(), **told)
         self._checksum = zlib.crc32(header)
         self._synced_s = self._now_s()
         try:
@@ -61,6 +65,16 @@ class KeptSteps:
         except OSError as error:
             self._give_up(error)
         return reports
+
+    def begun(self) -> Begun | None:
+        """The round that an earlier life began last; None where nothing readable tells (`begin` says what is wrong)."""
+        try:
+            data = read_whole(self._path)
+            fields = {} if data is None else unsealed(self._owner, KIND, data)[0]
+            number, nonce = fields["round"], bytes.fromhex(str(fields["nonce"]))
+        except (OSError, ValueError, KeyError):
+            return None
+        return Begun(number, nonce) if isinstance(number, int) else None
 
     def add(self, report: Report) -> None:
         """Keep what was done; progress within an evaluation is nothing to keep."""
@@ -167,7 +181,8 @@ class ResumingTrainer:
 
     def train(self, plan: Plan, model_digest: bytes, done: tuple[Report, ...] = ()) -> Job:
         """As the trainer does, from where an earlier life of this agent was in the same work."""
-        done = done or self._kept.begin(self._work(plan, model_digest), plan.local_steps)
+        begun = Begun(plan.round, plan.nonce)
+        done = done or self._kept.begin(self._work(plan, model_digest), plan.local_steps, begun)
         steps = sum(isinstance(report, StepReport) for report in done)
         if steps:
             self._say(f"round {plan.round}: going on after step {steps} of {plan.local_steps}, done before the restart")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from edge_client.events import EXIT_LEFT, Action, Finish, LeaveAfterRound, Say
 from edge_client.following import begin
-from edge_client.state import Evaluating, Sending, State, Step, Training
+from edge_client.state import Evaluating, Sending, State, Step, Training, goes_on
 
 
 def on_leave(state: State) -> Step:
@@ -34,8 +34,12 @@ def leave_when_done(state: State, actions: tuple[Action, ...]) -> tuple[Action, 
 
 
 def _has_work(state: State) -> bool:
-    """Whether a round is under way, or an update of an earlier life waits for a plan that shows if it still counts."""
-    return isinstance(state.work, (Training, Sending, Evaluating)) or state.kept is not None
+    """Whether a round is under way, in this life or from an earlier one, or a plan must first show if it still is."""
+    if isinstance(state.work, (Training, Sending, Evaluating)) or state.kept is not None:
+        return True
+    if state.begun is None or (state.is_silent and state.pause is not None):  # when plans are heard again, it is over
+        return False
+    return state.plan is None or state.plan.round < state.begun.round or goes_on(state)
 
 
 def leave_text(state: State) -> str:

@@ -8,6 +8,7 @@ clock that is wrong for a while, as after a boot without a battery for it, then 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from edge_client.byte_budget import (
     PAST_ROUNDS,
     ByteLimits,
     PastRound,
+    Stage,
     Standing,
     Wanted,
     decide,
     round_estimate,
     snapshot_estimate,
 )
-from edge_client.state import Settled, State
+from edge_client.state import Sending, Settled, State, waiting
 from edge_client.state_files import Disk, Owner, read_whole, sealed, set_aside, unsealed, write_whole
 from edge_client.status import Layers
 from edge_client.tally import RoundMetrics
@@ -80,14 +82,19 @@ class Ledger:
             self.save()
         return self._day
 
-    def pause(self, state: State) -> str | None:
-        """Why no local step may begin, or None. Where the day's bytes are spent, plans are left unheard."""
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the day's bytes are spent: plans are left unheard, and no update is sent twice."""
+        return self._standing.is_quiet
+
+    def pause(self, state: State, *, is_held: bool = False) -> str | None:
+        """Why no local step may begin, or None. is_held: something else keeps a round from beginning for now."""
         if self._limits == NO_LIMITS:
             return None
         now = self._now()
         midnight = datetime.combine(now.date() + timedelta(days=1), time())
         was_quiet, today = self._standing.is_quiet, self.today()
-        self._standing = decide(
+        decided = decide(
             self._limits,
             today.day,
             wire_bytes(today),
@@ -96,6 +103,7 @@ class Ledger:
             self._standing,
             self._keepalive_s,
         )
+        self._standing = replace(decided, begun=self._standing.begun) if is_held else decided
         if self._standing.is_quiet != was_quiet:
             listen = self._transport.subscribe if was_quiet else self._transport.unsubscribe
             listen(str(Topic(state.identity.run, "plan")))  # plans come whether one takes part or not
@@ -116,6 +124,11 @@ class Ledger:
         self.save()
 
     def _wanted(self, state: State) -> Wanted | None:
+        if (kept := waiting(state)) is not None:
+            stage: Stage = (
+                "kept" if not isinstance(state.work, Sending) else "sent" if state.work.is_taken else "sending"
+            )
+            return Wanted((kept.update.round, kept.nonce), 0, 0, stage)
         plan, run = state.plan, state.run
         if plan is None or run is None or plan.phase != "open" or isinstance(state.work, Settled):
             return None

@@ -168,6 +168,8 @@ class Lives:
             metrics=self._metrics,
             outbox=Outbox(state_dir, owner, say),
             ledger=budget,
+            begun=kept.begun(),
+            refused=gradient.take_back,
         )
 
 
@@ -199,7 +201,9 @@ class _LateTrainer:
             model=config.model,
             kernel=config.kernel,
             say=self._screen.say,
-            gradient=GradientSettings(config.model.estimator, self._kept, config.budget.round_bytes),
+            gradient=GradientSettings(
+                config.model.estimator, self._kept, config.budget.round_bytes, config.data.max_length
+            ),
         )
         return self._trainer.load(run)
 

@@ -19,7 +19,24 @@ KIND = "kseed update 1"
 RETRY_S = 10.0
 
 
-class Outbox:
+class NoOutbox:
+    """Keeps nothing."""
+
+    def read(self) -> Kept | None:
+        """There is nothing."""
+        return None
+
+    def keep(self, kept: Kept) -> None:
+        """Leaves it."""
+
+    def retry(self, now_s: float) -> None:
+        """Nothing waits."""
+
+    def forget(self) -> None:
+        """There is nothing."""
+
+
+class Outbox(NoOutbox):
     """One device's waiting update, under `folder`. `say` tells people what went wrong."""
 
     def __init__(self, folder: Path, owner: Owner, say: Callable[[str], None], disk: Disk | None = None) -> None:

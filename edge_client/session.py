@@ -21,6 +21,7 @@ from edge_client.events import (
     EXIT_UNAVAILABLE,
     EXIT_USER,
     Action,
+    Begun,
     Broken,
     CloseRound,
     DeviceEvent,
@@ -68,9 +69,11 @@ from shared.transport import TAKEN_OVER, Connected, Disconnected
 from shared.wire import encode
 
 
-def start(identity: Identity, now_s: float, unix_ms: int, kept: Kept | None = None) -> State:
-    """The state of an agent that has not connected yet. kept: what an earlier life of it left in the outbox."""
-    return State(identity, started_s=now_s, now_s=now_s, unix_ms=unix_ms, kept=kept)
+def start(
+    identity: Identity, now_s: float, unix_ms: int, kept: Kept | None = None, begun: Begun | None = None
+) -> State:
+    """The state of an agent that has not connected yet. kept, begun: the update and the round an earlier life left."""
+    return State(identity, started_s=now_s, now_s=now_s, unix_ms=unix_ms, kept=kept, begun=begun)
 
 
 def step(state: State, event: Event) -> Step:
@@ -198,7 +201,7 @@ def _on_connected(state: State, event: Connected) -> Step:
 def _on_taken(state: State, kind: Kind | None) -> Step:
     """The broker has dealt with a publication."""
     if kind == "update" and isinstance(state.work, Sending):
-        return replace(state, work=replace(state.work, is_underway=False)), ()
+        return replace(state, work=replace(state.work, is_underway=False, is_taken=True)), ()
     if kind != "presence":
         return state, ()
     state = replace(state, link=replace(state.link, is_announcing=False))
@@ -281,9 +284,11 @@ def _on_silence(state: State) -> Step:
 
 
 def _on_gate(state: State, event: GateChanged) -> Step:
-    if event.reason == state.pause:
+    is_new = event.reason != state.pause
+    state = replace(state, pause=event.reason, is_silent=event.is_silent)
+    if not is_new:
         return state, ()
     said = Say(f"paused: {event.reason}" if event.reason else "working again")
-    state, announced = announce(replace(state, pause=event.reason))
+    state, announced = announce(state)
     state, actions = begin(state)
     return state, (said, *announced, *actions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Union
 
-from edge_client.events import Action, Kept
+from edge_client.events import Action, Begun, Kept
 from shared.messages import Plan, Run, Update
 from shared.refusals import Refusal
 
@@ -84,6 +84,7 @@ class Sending:
     due_s: float
     interval_s: float
     is_underway: bool = False  # given to the transport, which repeats it until the broker has it
+    is_taken: bool = False  # the broker has had it
 
 
 @dataclass(frozen=True)
@@ -146,17 +147,27 @@ class State:
     conclude_s: float | None = None  # of the current plan
     held: Held | None = None
     kept: Kept | None = None  # from an earlier life of this agent, until a plan shows whether it still counts
+    begun: Begun | None = None  # by an earlier life of this agent
     work: Work = Waiting()
     receipt: Refusal | None = None  # last one in this round
     accepted: int | None = None  # the last round whose update counts
     suspect_from: int | None = None  # after DIVERGED: first round whose update is built on a fresh snapshot
     pause: str | None = None  # the gate's reason
+    is_silent: bool = False  # the day's bytes are spent
     has_grumbled: bool = False  # said that the run has no plan
     is_leaving: bool = False  # when the round under way is finished and sent
     is_finished: bool = False
 
 
 Step = tuple[State, tuple[Action, ...]]
+
+
+def goes_on(state: State) -> bool:
+    """Whether the plan's round is one that an earlier life of this agent began, and is not over."""
+    begun, plan = state.begun, state.plan
+    if begun is None or plan is None or isinstance(state.work, Settled):
+        return False
+    return (begun.round, begun.nonce) == (plan.round, plan.nonce) and plan.phase != "finished"
 
 
 def waiting(state: State) -> Kept | None:

@@ -20,7 +20,7 @@ from aggregator.spec import Spec, new_spec
 from aggregator.store import Store
 from edge_client import session
 from edge_client.agent import Agent, Clock
-from edge_client.events import Evaluated, ModelReady, Trained
+from edge_client.events import Begun, Evaluated, ModelReady, Trained
 from edge_client.jobs import HeldOutReport, Job, Report, StepReport, Trainer
 from edge_client.outbox import Outbox
 from edge_client.progress import Screen
@@ -176,6 +176,8 @@ class SmallFleet:
         log: Callable[[str], None] = lambda line: None,
         teller: Teller | None = None,
         is_asked_to_finish: Callable[[], bool] = lambda: False,
+        begun: Begun | None = None,
+        refused: Callable[[int], None] = lambda number: None,
     ) -> Agent:
         """A new agent process of that id, connecting."""
         self._sessions += 1
@@ -194,6 +196,8 @@ class SmallFleet:
             outbox=outbox,
             teller=teller,
             is_asked_to_finish=is_asked_to_finish,
+            begun=begun,
+            refused=refused,
         )
         agent.start()
         return agent

@@ -49,10 +49,41 @@ def test_a_device_that_must_fetch_the_model_counts_that_too() -> None:
     assert decided(0, replace(ROUND_7, catch_up_bytes=snapshot_estimate(4096))).is_quiet
 
 
-def test_a_round_that_has_begun_is_finished_whatever_it_costs() -> None:
+def test_a_round_that_has_begun_is_finished_and_sent_but_nothing_else_is_heard_past_the_limit() -> None:
     begun = decided(7_000)
-    assert decided(9_999, before=begun).pause is None
-    assert decided(10_000, before=begun).is_quiet
+    assert (decided(9_999, before=begun).pause, decided(9_999, before=begun).is_quiet) == (None, False)
+    over = decided(10_000, before=begun)
+    assert (over.pause, over.is_quiet, over.begun) == (None, True, ROUND_7.key)
+    sending = decided(10_000, replace(ROUND_7, stage="sending"), over)
+    assert (sending.pause, sending.is_quiet) == (None, True)
+
+
+def test_an_update_that_the_broker_has_is_not_sent_again_past_the_limit() -> None:
+    sent = replace(ROUND_7, stage="sent")
+    assert (decided(9_999, sent).pause, decided(9_999, sent).is_quiet) == (None, False)
+    stopped = decided(10_600, sent, decided(10_000, before=decided(7_000)))
+    assert stopped.is_quiet
+    assert stopped.pause == "byte budget: 10600 of 10000 bytes of today are used; goes on at midnight"
+    assert decided(10_700, None, stopped) == stopped
+
+
+def test_a_model_that_must_be_fetched_over_again_in_mid_round_is_not_past_the_limit() -> None:
+    begun = decided(7_000)
+    lost = replace(ROUND_7, catch_up_bytes=17_384)
+    assert (decided(9_999, lost, begun).pause, decided(10_000, lost, begun).is_quiet) == (None, True)
+    assert decided(10_000, lost, begun).pause is not None
+
+
+def test_no_other_round_begins_past_the_limit() -> None:
+    over = decided(10_000, before=decided(7_000))
+    assert decided(10_000, Wanted((8, b"m"), 1, 0), over).pause is not None
+    assert decided(10_000, None, over).pause is not None
+
+
+def test_whether_an_update_of_an_earlier_life_counts_is_found_out_past_the_limit_too() -> None:
+    kept = decided(10_000, replace(ROUND_7, stage="kept"))
+    assert (kept.pause, kept.is_quiet) == (None, False)
+    assert decided(10_100, replace(ROUND_7, stage="sending"), kept).pause is None
 
 
 def test_the_reason_stays_as_it_was_all_day_and_the_next_day_begins_anew() -> None:

@@ -16,6 +16,7 @@ from edge_client.events import (
     NotTaken,
     Publish,
     Rebuilt,
+    Refused,
     Say,
     Subscribe,
     Taken,
@@ -117,10 +118,19 @@ def test_every_refusal_has_a_consequence():
     assert {code for code, what in CONSEQUENCES.items() if what == "again"} == {c for c in Refusal if c.may_retry}
 
 
+@pytest.mark.parametrize("code", list(Refusal))
+def test_an_update_that_counts_for_nothing_is_told_to_whoever_keeps_account(code):
+    ends = CONSEQUENCES[code] in ("lost", "follow", "stop", "diverged") and code is not Refusal.CONFLICT
+    assert only(Driven().sending().hear(Receipt(3, code, "")), Refused) == ([Refused(3)] if ends else [])
+    late = Driven().sending()
+    late.hear(NEXT)
+    assert only(late.hear(Receipt(3, code, "")), Refused) == ([Refused(3)] if ends else [])
+
+
 def test_receipt_of_another_round_changes_nothing():
     driven = Driven().sending()
     before = driven.state
-    assert driven.hear(Receipt(2, Refusal.STALE_ROUND, "")) == []
+    assert driven.hear(Receipt(2, Refusal.STALE_ROUND, "")) == [Refused(2)]
     assert driven.state == before
 
 
@@ -161,8 +171,8 @@ def test_diverged_device_that_has_begun_the_next_round_begins_it_again_from_a_sn
     driven.hear(next_with(change_of([0], [1.0])))
     driven.on(Rebuilt(4, DIGEST))
     actions = driven.hear(Receipt(3, Refusal.DIVERGED, ""))
-    assert [type(action) for action in actions] == [Say, Abandon, Subscribe]
-    assert driven.hear(Receipt(3, Refusal.DIVERGED, "")) == []
+    assert [type(action) for action in actions] == [Refused, Say, Abandon, Subscribe]
+    assert driven.hear(Receipt(3, Refusal.DIVERGED, "")) == [Refused(3)]
 
 
 def test_device_that_diverges_after_a_fresh_rebuild_ends():

@@ -118,9 +118,29 @@ def test_what_rounding_and_a_small_budget_leave_out_is_told_in_later_rounds(tmp_
     assert now is not None and now.told is not None
     seeds, values = read_change(first, "f8", SEEDS)
     assert np.array_equal(now.told[seeds], values.astype(np.float64))
-    following = now.followed_by(b"n" * 32)
+    following = now.followed_by(b"n" * 32, 4)
     assert np.allclose(following.unsaid + now.told, now.to_say, atol=1e-12)
     assert np.linalg.norm(following.unsaid) > np.linalg.norm(now.to_say) / 10
+
+
+def test_what_a_refused_update_told_of_earlier_rounds_is_told_by_the_next(tmp_path: Path) -> None:
+    run = run_of(scalar_format="f8")
+    trainer = trainer_of(tmp_path, run=run, round_bytes=REST_BYTES + 120)  # 2 bits for each of 256
+    kept = trainer._first_order._kept  # type: ignore[union-attr]
+
+    def unsaid_before(number: int) -> np.ndarray:
+        end = played(trainer.train(msgspec.structs.replace(PLAN, round=number, nonce=bytes([number]) * 16), DIGEST))[1]
+        assert isinstance(end, Trained)
+        now = kept.read(_digest_of(run), SEEDS)
+        assert now is not None and now.told is not None
+        return now.unsaid
+
+    assert not unsaid_before(3).any()
+    carried = unsaid_before(4)
+    assert carried.any()
+    kept.take_back(4)
+    assert np.array_equal(unsaid_before(5), carried)
+    assert not np.array_equal(unsaid_before(6), carried)
 
 
 def _digest_of(run: Run) -> bytes:

@@ -30,3 +30,12 @@ def test_devices_of_both_kinds_are_counted_and_end_with_the_same_weights(tmp_pat
     (file,) = tmp_path.glob("*/gradient")
     assert file.stat().st_size > 5 * 8 * 256 and not said
     assert np.any(devices[0].trainer.overlay.coefficients)
+
+
+def test_an_agent_hears_that_its_update_was_refused(tmp_path: Path) -> None:
+    shape: dict[str, object] = {"rounds": 3, "local_steps": 4, "quorum": 1, "seeds": 256, "deadline_s": 1e6}
+    fleet = SmallFleet(tmp_path, RunConfig(**shape, max_samples=5))  # type: ignore[arg-type]
+    refused: list[int] = []
+    fleet.join("ann", refused=refused.append)  # of 8 samples
+    fleet.run_until(lambda: bool(refused))
+    assert refused == [0]

@@ -52,7 +52,7 @@ def after(steps: int, seed: int = 0) -> Progress:
 
 
 def round_of(steps: int, *, is_told: bool = False) -> RoundUnderWay:
-    now = RoundUnderWay(RUN, WORK, after(steps), 1e-4 * np.random.default_rng(1).standard_normal(K))
+    now = RoundUnderWay(RUN, WORK, 3, after(steps), 1e-4 * np.random.default_rng(1).standard_normal(K))
     return replace(now, told=rounded(now.to_say)) if is_told else now
 
 
@@ -72,6 +72,7 @@ def facts(now: RoundUnderWay | None) -> tuple[object, ...]:
     return (
         now.run,
         now.work,
+        now.round,
         counts,
         now.told is not None and now.told.tobytes(),
         *(array.tobytes() for array in arrays),
@@ -137,15 +138,15 @@ def test_progress_is_saved_now_and_then_and_at_once_where_that_matters(tmp_path:
 
 
 def test_a_round_under_way_goes_on_and_a_first_one_begins() -> None:
-    first = begun(None, RUN, WORK, K)
+    first = begun(None, RUN, WORK, 3, K)
     assert first.progress.steps == 0 and not first.unsaid.any()
     now = round_of(3)
-    assert facts(begun(now, RUN, WORK, K)) == facts(now)
+    assert facts(begun(now, RUN, WORK, 3, K)) == facts(now)
 
 
 def test_what_an_update_left_out_is_said_by_the_next() -> None:
     now = round_of(3, is_told=True)
-    following = begun(now, RUN, NEXT, K)
+    following = begun(now, RUN, NEXT, 4, K)
     assert following.progress.steps == 0 and following.progress.seen == 3 and not following.progress.moved.any()
     assert np.abs(following.unsaid).max() <= 0.5e-5 * 1.01
     assert now.told is not None and np.allclose(
@@ -155,12 +156,30 @@ def test_what_an_update_left_out_is_said_by_the_next() -> None:
 
 def test_a_round_without_an_update_is_forgotten_but_not_what_was_unsaid_before() -> None:
     now = round_of(3)
-    following = begun(now, RUN, NEXT, K)
+    following = begun(now, RUN, NEXT, 4, K)
     assert np.array_equal(following.unsaid, now.unsaid)
     assert np.array_equal(following.to_say, now.unsaid.astype(np.float32))
 
 
 def test_an_update_made_again_after_a_kill_says_the_same() -> None:
     now = round_of(3, is_told=True)
-    again = begun(now, RUN, WORK, K)
+    again = begun(now, RUN, WORK, 3, K)
     assert again.told is None and np.array_equal(again.to_say, now.to_say)
+
+
+def test_what_a_refused_update_told_of_earlier_rounds_is_unsaid_again(tmp_path: Path) -> None:
+    now = round_of(3, is_told=True)
+    kept(tmp_path).save(now)
+    kept(tmp_path).take_back(3)
+    again = kept(tmp_path).read(RUN, K)
+    assert again is not None and again.told is None
+    assert np.array_equal(begun(again, RUN, NEXT, 4, K).unsaid, now.unsaid)
+
+
+def test_a_refusal_of_another_round_takes_nothing_back(tmp_path: Path) -> None:
+    kept(tmp_path).take_back(3)
+    assert not list(tmp_path.glob("*/gradient"))
+    now = round_of(3, is_told=True)
+    kept(tmp_path).save(now)
+    kept(tmp_path).take_back(2)
+    assert facts(kept(tmp_path).read(RUN, K)) == facts(now)

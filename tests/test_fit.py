@@ -149,7 +149,7 @@ def test_the_creator_of_a_run_is_told_what_to_ask_for(tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path))
     said = propose(folder, 400.0, max_length=64, batch=4)
     assert said.startswith("dtype bf16, loaded, 4 of 4 sequences at once; scope all, because ")
-    assert "= 2" in said and said.endswith("400 MB are free (as given)")
+    assert "= 2" in said and "400 MB are free (as given)\n" in said
     with pytest.raises(UserError, match="no form of the model fits into 100 MB"):
         propose(folder, 100.0, max_length=64, batch=4)
     with pytest.raises(UserError, match=r"its size is unknown\. Give the folder"):

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 from aggregator.config import RunConfig
+from edge_client.agent import Agent
 from edge_client.byte_budget import ByteLimits
 from edge_client.ledger import Ledger, wire_bytes
+from edge_client.outbox import Outbox
+from edge_client.state import Sending
 from edge_client.state_files import Disk, Owner
 from edge_client.status import Layers
 from shared.transport import TrafficCount
 from tests.small_fleet import SmallFleet
+from tests.test_agent import steps_of
+from tests.test_outbox import outbox_in
 
 OWNER = Owner("in-process", "demo", "ann")
 NOON = datetime(2026, 11, 20, 12, 0)
@@ -126,9 +131,11 @@ def small(folder: Path, **settings: object) -> SmallFleet:
     return SmallFleet(folder, RunConfig(**{**shape, **settings}))  # type: ignore[arg-type]
 
 
-def thrifty(fleet: SmallFleet, device: str, limits: ByteLimits, folder: Path, now: list[datetime]) -> Ledger:
+def thrifty(
+    fleet: SmallFleet, device: str, limits: ByteLimits, folder: Path, now: list[datetime], outbox: Outbox | None = None
+) -> Ledger:
     """Let a device join with a budget."""
-    agent = fleet.join(device)
+    agent = fleet.join(device, outbox=outbox)
     made = Ledger(agent._transport, lambda: now[0], limits=limits, folder=folder, owner=OWNER, say=fleet.log.append)
     agent._ledger = made
     return made
@@ -181,3 +188,74 @@ def test_a_round_beyond_round_bytes_is_not_worked_on_and_the_reason_is_in_the_pr
     assert "round_bytes is 1000; goes on with a plan of fewer steps" in agent.state.pause
     fleet.run_until(lambda: fleet.service.state.progress.phase == "finished")
     assert agent._tally.losses == []
+
+
+def spent_in_mid_round(folder: Path, quorum: int = 1) -> tuple[SmallFleet, Agent, Ledger, list[datetime]]:
+    """Ann is in the middle of a round, and something has just taken the rest of her day's bytes."""
+    fleet = small(folder, rounds=30, local_steps=40, quorum=quorum)
+    now = [LATE]
+    kept = thrifty(fleet, "ann", ByteLimits(day_bytes=40_000), folder, now)
+    agent = fleet.agents["ann"]
+    fleet.run_until(lambda: steps_of(agent) == 5)
+    agent._transport.publish("kseed/elsewhere", bytes(40_000))
+    return fleet, agent, kept, now
+
+
+def test_a_round_that_has_begun_when_the_day_is_spent_is_finished_and_sent_and_the_next_one_waits(
+    tmp_path: Path,
+) -> None:
+    fleet, agent, kept, now = spent_in_mid_round(tmp_path)
+    number, before = fleet.service.state.progress.round, wire_bytes(kept.today())
+    assert before > 40_000
+    fleet.run_until(lambda: agent.state.pause is not None)
+    assert agent.state.pause is not None and agent.state.pause.startswith("byte budget: ")
+    assert agent.state.accepted == number
+    fleet.join("bob")
+    fleet.run_until(lambda: fleet.service.state.progress.round >= number + 3)
+    assert agent.state.plan is not None and agent.state.plan.round == number
+    update_bytes, note_bytes = 4 * 40 + 60, 2 * 150  # that of the pause in the presence, said and heard
+    assert 0 < wire_bytes(kept.today()) - before < update_bytes + note_bytes
+    now[0] += timedelta(days=1)
+    fleet.run_until(lambda: agent.state.accepted is not None and agent.state.accepted > number)
+
+
+def test_an_update_without_a_receipt_is_not_sent_again_and_again_past_the_limit(tmp_path: Path) -> None:
+    fleet, agent, kept, now = spent_in_mid_round(tmp_path)
+    fleet.network.kill("aggregator")
+    fleet.service.turn = lambda timeout_s: None  # type: ignore[assignment, misc]
+    fleet.run_until(lambda: agent.state.pause is not None)
+    after = wire_bytes(kept.today())
+    for _ in range(20):
+        fleet.now_s += 60.0
+        fleet.turn()
+    assert wire_bytes(kept.today()) == after
+    now[0] += timedelta(days=1)
+    del fleet.service.turn
+    fleet.serve()
+    fleet.run_until(lambda: agent.state.accepted is not None)
+
+
+def test_an_update_of_an_earlier_life_is_sent_past_the_limit(tmp_path: Path) -> None:
+    fleet, agent, kept, now = spent_in_mid_round(tmp_path, quorum=2)
+    number = fleet.service.state.progress.round
+    agent._outbox = outbox_in(tmp_path / "state")[0]
+    fleet.run_until(lambda: isinstance(agent.state.work, Sending))
+    kept.save()
+    fleet.kill("ann")
+    outbox = outbox_in(tmp_path / "state")[0]
+    assert outbox.read() is not None
+    thrifty(fleet, "ann", ByteLimits(day_bytes=40_000), tmp_path, now, outbox=outbox)
+    agent = fleet.agents["ann"]
+    fleet.run_until(lambda: agent.state.accepted == number)
+    fleet.run_until(lambda: agent.state.pause is not None)
+
+
+def test_a_pause_of_another_kind_does_not_keep_plans_coming_that_no_bytes_are_left_for(tmp_path: Path) -> None:
+    fleet = small(tmp_path, rounds=30)
+    kept = thrifty(fleet, "ann", ByteLimits(day_bytes=3_000), tmp_path, [LATE])
+    agent = fleet.agents["ann"]
+    agent._gate = lambda: "it is hot"
+    fleet.join("bob")
+    fleet.run_until(lambda: fleet.service.state.progress.phase == "finished")
+    assert agent.state.pause == "it is hot"
+    assert wire_bytes(kept.today()) < 3_000
