@@ -129,21 +129,17 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
     """Raises CombinationError where float32 cannot hold the result."""
     facts, contributions = state.spec.facts, watched.contributions()
     algorithm_state, combined, steps = algorithm_of(state.spec).apply(state.algorithm_state, contributions, facts.seeds)
+    config, magnitudes = state.spec.config, watched.magnitudes
+    held_out_loss, first_order = _mean(watched.updates, "held_out_loss"), contributions.first_order.devices
+    length = 1.0 if first_order else schedule.kept_length(config, state.fleet, magnitudes, held_out_loss)
     version = next_version(
         coefficients_of(state.coefficients),
         coefficients_of(state.carried),
-        combined,
+        length * combined,
         facts.change_format,
         drawn_seeds(plan, facts.seeds),
     )
-    held_out_loss, first_order = _mean(watched.updates, "held_out_loss"), contributions.first_order.devices
-    fleet = schedule.after_round(
-        state.spec.config,
-        state.fleet,
-        watched.magnitudes,
-        held_out_loss,
-        has_first_order=first_order > 0,
-    )
+    fleet = schedule.after_round(config, state.fleet, magnitudes, held_out_loss, has_first_order=first_order > 0)
     return _Combined(version, algorithm_state, fleet, contributions.devices, first_order, steps)
 
 

@@ -66,6 +66,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     clip: float = 3.0  # normalised: in running RMS of the scalars
     decay: float = 0.99  # normalised: of the running mean square, per step
     kept_promise: float = 0.4  # normalised: step_rms is steered until this part of the promised fall comes; 0: never
+    promise_limit: float = 2.0  # normalised: a round that promises to lower the loss by more times itself is shortened
     # The combination.
     algorithm: AlgorithmName = "fedkseed"
     weighting: Weighting = "samples"
@@ -160,6 +161,7 @@ def _check_numbers(config: RunConfig) -> None:
         "clip": (1e-3, MAX_STEP),
         "decay": (0.0, 0.9999),
         "kept_promise": (0.0, 1.0),
+        "promise_limit": (0.0, 1000.0),
         "quorum": (1, MAX_U32),
         "min_updates": (1, MAX_U32),
         "deadline_s": (1e-3, MAX_DEADLINE_S),

@@ -4,6 +4,8 @@ The scalars promise a fall of the loss: were it a plane, a step that changes a c
 lower it by |g d|. Where the loss curves, or the scalars are noise of their batches, less of the promise is kept. The
 part that is kept, by held-out loss, tells whether steps are too short or too long, whatever model, data and fleet are:
 a parabola keeps one half at the best step, and noise takes from that (trust regions; Conn, Gould & Toint 2000, 6.1).
+And no round can keep a promise of many times the whole loss: that is the bound of Polyak's step, for a loss that cannot
+fall below 0 (Loizou et al. 2021, arXiv 2002.10542). It holds in the first round too, and for a fleet of any size.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def after_round(
     if config.step == "plain":
         return fleet
     mean_square, count = _mixed(config, fleet, magnitudes)
-    promised = _promised(config, fleet, magnitudes, mean_square)
+    promised = _promised(config, fleet, magnitudes, mean_square) * kept_length(config, fleet, magnitudes, held_out_loss)
     step_rms, reference = fleet.step_rms, fleet.reference_loss
     if held_out_loss is None:
         promised += fleet.promised
@@ -113,6 +115,19 @@ def after_round(
         reference_loss=reference,
         promised=promised,
     )
+
+
+def kept_length(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], held_out_loss: float | None) -> float:
+    """What a round's change is multiplied by, in (0, 1], so that it promises no more than `promise_limit` losses.
+
+    fleet: before the round; other arguments as of `after_round`. 1 where no loss above 0 is known, and for the plain
+    rule, whose rate a person chose. A round with first-order devices is not shortened: they promise nothing.
+    """
+    loss = fleet.reference_loss if held_out_loss is None else held_out_loss
+    if config.step == "plain" or not config.promise_limit or loss is None or loss <= 0.0:
+        return 1.0
+    promised = _promised(config, fleet, magnitudes, _mixed(config, fleet, magnitudes)[0])
+    return min(1.0, config.promise_limit * loss / promised) if promised > 0.0 else 1.0
 
 
 def _promised(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], mean_square: float) -> float:

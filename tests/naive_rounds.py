@@ -252,6 +252,8 @@ class NaiveRun:
             drawn += zip(seeds, scalars, strict=True)
         known = dict(self.known)
         total = combination(POOL, known, kinds[1], kinds[0], self.settings["server_scale"])
+        length = 1.0 if kinds[0] else self._length([self.accepted[name] for name in counted])
+        total = [length * value for value in total]
         common = None
         if self.settings["common_seeds"]:
             _, common = draw(self._nonce(self.round), None, self.settings["local_steps"], POOL, self._levels())
@@ -272,7 +274,10 @@ class NaiveRun:
         if self.settings["step"] == "plain":
             return
         scalars = [self._scalars(update) for update in updates if update["change"] is None]
-        promise = self._learn_squares(scalars) if scalars else 0.0
+        length = self._length(updates)
+        if scalars:
+            self.mean_square, self.count = self._squares(scalars)
+        promise = self._promise(scalars, self.mean_square) * length
         known = [update for update in updates if update["held_out_loss"] is not None]
         if has_first_order:
             promise = 0.0
@@ -281,8 +286,7 @@ class NaiveRun:
             if has_first_order:
                 self.promised, self.reference = 0.0, None
             return
-        weighed = sum(update["samples"] * Fraction(update["held_out_loss"]) for update in known)
-        loss = float(weighed / sum(update["samples"] for update in known))
+        loss = self._loss(known)
         if self.reference is not None and self.promised > 0 and self.settings["kept_promise"]:
             kept = max(0.0, self.reference - loss) / self.promised
             least = 0.5 if loss > self.reference else 1 / 1.2
@@ -291,17 +295,37 @@ class NaiveRun:
             self.step_rms = min(2 * first, max(first / 64, self.step_rms * factor))
         self.reference, self.promised = loss, promise
 
-    def _learn_squares(self, scalars):
-        """The mean square, and what the next round promises."""
+    def _loss(self, known):
+        weighed = sum(update["samples"] * Fraction(update["held_out_loss"]) for update in known)
+        return float(weighed / sum(update["samples"] for update in known))
+
+    def _length(self, updates):
+        """No round promises more than the whole loss, times the limit."""
+        known = [update for update in updates if update["held_out_loss"] is not None]
+        loss = self._loss(known) if known else self.reference
+        scalars = [self._scalars(update) for update in updates if update["change"] is None]
+        if self.settings["step"] == "plain" or not scalars or loss is None or loss <= 0:
+            return 1.0
+        promise = self._promise(scalars, self._squares(scalars)[0])
+        limit = self.settings["promise_limit"]
+        return min(1.0, limit * loss / promise) if limit and promise > 0 else 1.0
+
+    def _squares(self, scalars):
+        """The mean square, and for how many steps it stands."""
         squares = sorted(float(sum(Fraction(g) ** 2 for g in one)) / len(one) for one in scalars)
         median = (squares[(len(squares) - 1) // 2] + squares[len(squares) // 2]) / 2
         steps = sum(map(len, scalars))
         total = self.count + steps
-        self.mean_square = self.mean_square * (self.count / total) + median * (steps / total)
-        self.count = min(total, max(1, round(1 / (1 - self.settings["decay"]))))
-        n = len(scalars)
+        mean_square = self.mean_square * (self.count / total) + median * (steps / total)
+        return mean_square, min(total, max(1, round(1 / (1 - self.settings["decay"]))))
+
+    def _promise(self, scalars, mean_square):
+        """The fall of the loss that a round promises."""
+        if not scalars:
+            return 0.0
+        n, steps = len(scalars), sum(map(len, scalars))
         factor = {"mean": 1.0, "sqrt": math.sqrt(n), "sum": n}[self.settings["server_scale"]]
-        return factor * self.step_rms * (steps / n) * math.sqrt(self.mean_square)
+        return factor * self.step_rms * (steps / n) * math.sqrt(mean_square)
 
     # What follows from the settings.
 

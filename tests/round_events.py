@@ -30,6 +30,7 @@ configurations = st.fixed_dictionaries(
         "algorithm": st.sampled_from(["fedkseed", "fedkseed-pro"]),
         "weighting": st.sampled_from(["samples", "equal"]),
         "server_scale": st.sampled_from(["mean", "sqrt", "sum"]),
+        "promise_limit": st.sampled_from([0.0, 1.0, 0.01]),
         "common_seeds": st.booleans(),
         "evaluate_every": st.integers(0, 2),
         "deadline_s": st.just(60.0),

@@ -21,7 +21,7 @@ from aggregator.algorithms import (
     unpack,
 )
 from aggregator.config import RunConfig, ServerScale
-from aggregator.schedule import Fleet, Magnitude, after_round, horizon, start, step_rule
+from aggregator.schedule import Fleet, Magnitude, after_round, horizon, kept_length, start, step_rule
 from shared.errors import UserError
 from shared.messages import NormalisedStep, PlainStep
 from shared.seeds import level_weights
@@ -242,3 +242,30 @@ def test_a_round_without_losses_keeps_the_step() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RunConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_round_is_shortened_to_promise_no_more_than_the_limit_times_the_loss() -> None:
+    config = RunConfig(step_rms=0.1, server_scale="sum", decay=0.9, promise_limit=1.0)
+    fleet = start(config)
+    two = [Magnitude.of(np.array([4.0, 4.0], np.float32)), Magnitude.of(np.array([-4.0, 4.0], np.float32))]
+    promised = 2 * 2 * 0.1 * 4.0  # devices, steps of each, step, scalars' RMS
+    assert kept_length(config, fleet, two, 0.4) == pytest.approx(0.4 / promised)
+    assert kept_length(config, fleet, two, 2.0) == 1.0  # long enough already
+    assert after_round(config, fleet, two, 0.4).promised == pytest.approx(0.4)
+    remembered = Fleet(step_rms=0.1, reference_loss=0.8)
+    assert kept_length(config, remembered, two, None) == pytest.approx(0.8 / promised)  # the last loss that is known
+    looser = RunConfig(step_rms=0.1, server_scale="sum", decay=0.9, promise_limit=2.0)
+    assert kept_length(looser, fleet, two, 0.4) == pytest.approx(0.8 / promised)
+
+
+@pytest.mark.parametrize("loss", [None, 0.0, -1.0])
+def test_without_a_loss_above_zero_no_round_is_shortened(loss: float | None) -> None:
+    config = RunConfig(step_rms=1.0)
+    assert kept_length(config, start(config), [Magnitude(1e6, 1)], loss) == 1.0
+
+
+def test_a_rate_that_a_person_chose_is_not_shortened() -> None:
+    config = RunConfig(step="plain", lr=1.0)
+    assert kept_length(config, start(config), [Magnitude(1e6, 1)], 1.0) == 1.0
+    unbounded = RunConfig(step_rms=1.0, promise_limit=0.0)
+    assert kept_length(unbounded, start(unbounded), [Magnitude(1e6, 1)], 1.0) == 1.0
