@@ -43,6 +43,18 @@ def test_the_next_version_is_the_average_of_the_replayed_updates() -> None:
     assert np.frombuffer(change.values, "<f4").tolist() == by_hand[by_hand != 0].tolist()
 
 
+def test_a_round_that_promises_too_much_is_shortened_as_a_whole() -> None:
+    def moved(limit: float) -> np.ndarray:
+        state = opened(step="normalised", step_rms=0.5, server_scale="sum", promise_limit=limit)
+        state = after(state, arrival("a", update_of(held_out_loss=2.0)), arrival("b", update_of())).state
+        return coefficients_of(state.coefficients).astype(np.float64)
+
+    rms = np.sqrt((1 + 4 + 9) / 3)
+    promised = 2 * 0.5 * 3 * rms  # devices, step, steps of each
+    np.testing.assert_allclose(moved(1.0), moved(0.0) * 2.5 / promised, rtol=1e-6)  # the mean held-out loss
+    np.testing.assert_array_equal(moved(promised), moved(0.0))
+
+
 def test_common_seeds_are_the_same_for_all_devices() -> None:
     state, actions = after(opened(common_seeds=True), arrival("a", update_of()), arrival("b", update_of()))
     change = published(actions, Plan).change
