@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared.errors import UnavailableError, UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x6B73_6564  # "ksed"
 BUSY_TIMEOUT_S = 5.0
 
