@@ -220,7 +220,7 @@ def test_an_empty_file_is_refused_unless_a_store_may_be_made(tmp_path: Path) -> 
 
 def test_a_store_of_another_schema_is_refused(store: Store, path: Path) -> None:
     store._do("PRAGMA user_version = 9")
-    with pytest.raises(UserError, match="the store has schema 9, this kseed reads 3; use the kseed that wrote it"):
+    with pytest.raises(UserError, match="the store has schema 9, this kseed reads 4; use the kseed that wrote it"):
         Store.open(path)
 
 
