@@ -70,12 +70,8 @@ class Pair(Tensor):
         if not _PLAIN.issuperset(types):
             return NotImplemented
         kwargs = kwargs or {}
-        schema = func._schema
-        if schema.is_mutable:
-            named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-            for argument in schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    _check_written(named.get(argument.name), schema.name)
+        for target in written(func, args, kwargs):
+            _check_written(target, func._schema.name)
         return _twice(func, args, kwargs)
 
 
@@ -98,6 +94,15 @@ def same(value: Tensor) -> Tensor:
     if plus is not minus and not torch.equal(plus, minus):
         raise Diverged("indices differ between the halves")
     return plus  # type: ignore[no-any-return]
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an ATen operation writes to, as `__torch_dispatch__` gets them."""
+    if not func._schema.is_mutable:
+        return []
+    formal = func._schema.arguments
+    given = dict(zip((argument.name for argument in formal), args, strict=False)) | kwargs
+    return [given.get(one.name) for one in formal if one.alias_info is not None and one.alias_info.is_write]
 
 
 def _twice(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from edge_client.pairs import Pair, same
+from edge_client.pairs import Pair, same, written
 from shared.errors import UserError
 
 SLICE = 1 << 21  # weights of a matrix that are in memory at a time
@@ -119,12 +119,8 @@ class Placeholder(Tensor):
     ) -> Any:
         """An ATen operation; see the module's docstring."""
         kwargs = kwargs or {}
-        schema = func._schema
-        if schema.is_mutable:
-            named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-            for argument in schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    _refuse((named.get(argument.name),), {}, f"write ({schema.name}) to")
+        for target in written(func, args, kwargs):
+            _refuse((target,), {}, f"write ({func._schema.name}) to")
         with torch.no_grad():
             return func(
                 *tree_map_only(Placeholder, Placeholder.in_fresh, args),
