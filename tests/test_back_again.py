@@ -20,12 +20,12 @@ from edge_client.state import Held, Sending, Settled
 from shared.messages import Plan
 from shared.transport import Connected, Disconnected, Received
 from tests.brokers import needs_mosquitto, running_mosquitto
+from tests.disks import fill
 from tests.driven_session import NEXT, SNAPSHOT_TOPIC, Driven, only, snapshot
+from tests.programs import created, ended, started, tiny_folder
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.test_agent import said, steps_of
-from tests.test_edge_cli import created, data, ended, started, tiny_folder  # noqa: F401
 from tests.test_faults import accepted_updates
-from tests.test_machine_faults import fill, tiny_disk  # noqa: F401
 from tests.test_outbox import ONE_ROUND, OWNER, outbox_in
 
 MONTH_S = 30 * 86_400.0
@@ -103,7 +103,7 @@ def test_device_back_in_a_run_made_anew_with_another_pool_sends_nothing_old_and_
     assert accepted_updates(new.store.path) == accepted_updates(fresh.store.path)
 
 
-def test_disk_that_is_full_in_mid_round_costs_a_line_and_with_room_again_work_is_kept_again(tiny_disk, tmp_path):  # noqa: F811
+def test_disk_that_is_full_in_mid_round_costs_a_line_and_with_room_again_work_is_kept_again(tiny_disk, tmp_path):
     fleet = SmallFleet(tmp_path, RunConfig(**{**ONE_ROUND, "rounds": 3, "quorum": 2, "min_updates": 2}))
     state, lines = tiny_disk / "state", []
     kept = KeptSteps(state, OWNER, lines.append, lambda: fleet.now_s)
@@ -134,13 +134,12 @@ def coefficients_of_a_run(folder: Path, model: Path, rows: Path, *, is_killed: b
         serving = started("serve", "spring", "--store", store, "--broker", where, program="aggregator.cli")
         words = ("join", "spring", "--broker", where, "--data", rows, "--max-length", "40", "--wait", "--device", "ann")
         words += ("--state-dir", folder / "state", "--threads", "1", "--kernel", "numba")
-        agent = started(*words)
         if is_killed:
-            steps_kept(agent, folder / "state", 20)
-            agent.send_signal(signal.SIGKILL)
-            agent.wait()
-            agent = started(*words)
-        code, out, err = ended(agent, 120.0)
+            first = started(*words, "--cpu-percent", "20")  # so that it is not done before it is killed
+            steps_kept(first, folder / "state", 20)
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        code, out, err = ended(started(*words), 120.0)
         assert (code, err) == (0, "")
         assert ended(serving)[0] == 0
     with Store.open(store) as opened:
@@ -158,7 +157,7 @@ def steps_kept(agent: object, folder: Path, steps: int) -> None:
 
 @needs_mosquitto
 @pytest.mark.broker
-def test_agent_killed_in_mid_round_and_started_again_gives_the_coefficients_of_one_that_was_not(tmp_path, data):  # noqa: F811
+def test_agent_killed_in_mid_round_and_started_again_gives_the_coefficients_of_one_that_was_not(tmp_path, data):
     model = tiny_folder(tmp_path / "tiny")
     calm, out = coefficients_of_a_run(tmp_path / "calm", model, data, is_killed=False)
     assert "going on" not in out

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from aggregator.config import RunConfig
 from edge_client import cli
 from edge_client.board import Board
 from tests.brokers import needs_mosquitto
-from tests.test_edge_cli import created, data, ended, mosquitto, read_until, started, tiny_folder
+from tests.programs import created, ended, read_until, started, tiny_folder, write_settings
 from tools.broker import RunningBroker
 
-__all__ = ["data", "mosquitto"]  # fixtures
 pytestmark = [pytest.mark.broker, needs_mosquitto]
 PATIENCE_S = 60.0
 
@@ -31,17 +29,12 @@ class Device:
         self._call = call
         self.file = folder / "kseed.toml"
         self.state_dir = folder / "state"
-        self.agents: list[subprocess.Popen[str]] = []
         tables: dict[str, dict[str, Any]] = {
             "agent": {"run": "spring", "device": "ann", "state_dir": "state"},
             "data": {"source": str(folder / "reviews.jsonl"), "max_length": 40},
             **settings,
         }
-        lines = [
-            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-            for name, table in tables.items()
-        ]
-        self.file.write_text("\n".join(lines))
+        write_settings(self.file, tables)
 
     def __call__(self, *words: object) -> tuple[int, str]:
         """Run a command in this process: its exit code and what it said."""
@@ -49,8 +42,7 @@ class Device:
         return code, out + err
 
     def up(self) -> subprocess.Popen[str]:
-        self.agents.append(started("up", "--config", self.file, KSEED_AGENT_STATE_DIR=str(self.state_dir)))
-        return self.agents[-1]
+        return started("up", "--config", self.file, KSEED_AGENT_STATE_DIR=str(self.state_dir))
 
     def until(self, text: str, code: int) -> dict[str, Any]:
         """Ask for the status until it says `text` and ends with `code`."""
@@ -64,14 +56,10 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, call: Any, monkeypatch: Any) -> Iterator[Device]:
+def device(tmp_path: Path, data: Path, mosquitto: RunningBroker, call: Any, monkeypatch: Any) -> Device:
     # The tests' own state folder is another one, and would win over the file.
     monkeypatch.delenv("KSEED_AGENT_STATE_DIR")
-    found = Device(tmp_path, call, broker={"host": mosquitto.host, "port": mosquitto.port})
-    yield found
-    for agent in found.agents:
-        agent.kill()  # where the test failed before it ended
-        agent.communicate()
+    return Device(tmp_path, call, broker={"host": mosquitto.host, "port": mosquitto.port})
 
 
 def serving(tmp_path: Path, broker: RunningBroker, model: Path, **config: Any) -> subprocess.Popen[str]:

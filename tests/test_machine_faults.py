@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,36 +14,10 @@ from aggregator.verification import verify
 from shared.errors import UnavailableError, UserError
 from shared.refusals import Refusal
 from tests.aggregator_setting import Device, Setting
+from tests.disks import fill
 from tests.runs import START_MS, spec_of, update_of
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, 512 KB; only where the tests run as root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a small file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """A file that takes all the space there is."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as stream:
-        for size in (4096, 512, 1):
-            try:
-                while stream.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                continue
-    return filler
 
 
 def two_rounds(setting: Setting, disturb: object = None) -> None:

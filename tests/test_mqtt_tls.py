@@ -19,10 +19,8 @@ from shared.transport import TAKEN_OVER, Disconnected, Received
 from tests.brokers import needs_mosquitto, running_mosquitto
 from tests.scripted_broker import CONNACK, read_packet, scripted_broker, until_closed
 from tests.scripted_broker import TAKEN_OVER as TAKEN_OVER_PACKET
-from tests.transport_clients import client, connected, final, mosquitto, subscribed, wait_for
+from tests.transport_clients import client, connected, final, subscribed, wait_for
 from tools.broker import RunningBroker
-
-__all__ = ["mosquitto"]  # fixture
 
 NEW_KEY = ("-newkey", "rsa:2048", "-nodes", "-subj")
 

@@ -16,9 +16,7 @@ from edge_client.logbook import Logbook
 from edge_client.policy import Wish
 from edge_client.status import Accepted, AgentStatus, Layers, Seen, StateName, duration, lines
 from shared.errors import UserError
-from tests.test_machine_faults import fill, tiny_disk
-
-__all__ = ["tiny_disk"]  # a fixture
+from tests.disks import fill
 
 NOW_S = 1_700_000_000.0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -88,13 +88,14 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 @pytest.mark.parametrize("command", ["tools.cli", "aggregator.cli", "edge_client.cli"])
 def test_help_answers_in_a_blink(command: str) -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, check=True)
+    after = os.times()
     assert b"Usage" in done.stdout
-    assert min(seconds) < 0.5, f"{command} --help took {seconds} s"
+    worked_s = after.children_user + after.children_system - before.children_user - before.children_system
+    assert worked_s < 1.0, (
+        f"{command} --help took {worked_s} s of processor time; 0.3 s is usual, torch alone takes 1.5"
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     with running_broker(tmp_path, kind) as broker:
         config = config_of(broker)
         # amqtt does not answer an MQTT 5 client at all: every connection waits out this time once.
-        policy = ReconnectPolicy(answer_timeout_s=0.3 if kind == "amqtt" else 5.0)
+        policy = ReconnectPolicy(answer_timeout_s=1.0 if kind == "amqtt" else 5.0)
         yield kind, lambda client_id, **more: remembered(MqttTransport(config, client_id, policy=policy, **more))
         for transport in made:
             transport.close(1.0)

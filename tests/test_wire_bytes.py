@@ -72,8 +72,13 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Network]
     try:
         make_certificates(tmp_path, ["127.0.0.1", made.hub_address(0)])
         (tmp_path / "m.conf").write_text(CONFIG.format(port=PORT, folder=tmp_path))
+        (log := tmp_path / "mosquitto.log").touch()
         broker = subprocess.Popen(inside(made.hub, [str(find_mosquitto()), "-c", str(tmp_path / "m.conf")]))
         try:
+            until_s = time.monotonic() + 20.0
+            while " running" not in log.read_text():
+                assert time.monotonic() < until_s, "mosquitto does not start"
+                time.sleep(0.05)  # between two looks
             yield made
         finally:
             broker.terminate()
@@ -108,7 +113,7 @@ def counted(network: Network, folder: Path) -> tuple[dict[str, int], tuple[int, 
 def still(network: Network) -> tuple[int, int]:
     """The interface's counts, once the last acknowledgements and repetitions have gone over it."""
     carried, since_s = network.device_bytes(0), time.monotonic()
-    while time.monotonic() - since_s < 1.5:
+    while time.monotonic() - since_s < 3.0:
         time.sleep(0.1)
         if (now := network.device_bytes(0)) != carried:
             carried, since_s = now, time.monotonic()

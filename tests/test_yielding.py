@@ -16,10 +16,9 @@ import pytest
 
 from aggregator.config import RunConfig
 from tests.brokers import needs_mosquitto
-from tests.test_edge_cli import created, data, ended, mosquitto, read_until, started, tiny_folder
+from tests.programs import created, ended, read_until, started, tiny_folder
 from tools.broker import RunningBroker
 
-__all__ = ["data", "mosquitto"]  # fixtures
 pytestmark = [needs_mosquitto, pytest.mark.broker, pytest.mark.skipif(sys.platform != "linux", reason="POSIX signals")]
 CONFIG = RunConfig(seeds=256, rounds=1000, local_steps=1000, batch_size=2, quorum=1, deadline_s=86_400.0)
 
@@ -31,17 +30,12 @@ def agent_at_work(
     """An agent in a run that is served, with its gate on."""
     where = f"{broker.host}:{broker.port}"
     store = created(folder / "store.sqlite", tiny_folder(folder / "tiny"), CONFIG)
-    serving = started("serve", "spring", "--store", store, "--broker", where, program="aggregator.cli")
+    started("serve", "spring", "--store", store, "--broker", where, program="aggregator.cli")
     run = ("join", "spring", "--broker", where, "--data", data, "--max-length", "40", "--wait", "--device", "ann")
     agent = started(*run, "--gate", *words, PYTHONUNBUFFERED="1", **settings)
-    try:
-        yield agent
-        agent.send_signal(signal.SIGTERM)
-        assert ended(agent)[0] == 0
-    finally:
-        for process in (agent, serving):
-            process.kill()
-            process.communicate()
+    yield agent
+    agent.send_signal(signal.SIGTERM)
+    assert ended(agent)[0] == 0
 
 
 def test_agent_outside_its_hours_says_so_and_leaves_when_asked(
