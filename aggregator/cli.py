@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +99,7 @@ def serve(
 ) -> None:
     """Serve a run until it is finished; go on exactly where it was."""
     from aggregator import operations
+    from shared.config import broker_flags
 
     flags: dict[str, Any] = {
         "broker.tls": tls,
@@ -110,7 +110,7 @@ def serve(
         "broker.password_file": password_file,
         "aggregator.metrics": metrics,
         "aggregator.wait_for_broker_s": wait,
-        **_broker_flags(broker),
+        **broker_flags(broker),
         **_store_flags(store),
     }
     operations.serve(name, operations.serve_config(config, flags, os.environ), os.environ)
@@ -263,20 +263,6 @@ def _opened(config: Path | None, store: Path | None, *, may_write: bool = False)
 
 def _store_flags(store: Path | None) -> dict[str, Any]:
     return {"aggregator.store": store}
-
-
-def _broker_flags(broker: str | None) -> Mapping[str, Any]:
-    """host, host:port, [v6] or [v6]:port. Raises UserError for a port that is no number."""
-    if broker is None:
-        return {}
-    host, separator, port = broker.rpartition(":")
-    if not separator or broker.endswith("]"):
-        host, port = broker, ""
-    if port and not port.isascii():
-        port = "?"
-    if separator and host != broker and not port.isdigit():
-        raise UserError(f"--broker is {broker!r}; give host or host:port, such as broker.example.org:1883.")
-    return {"broker.host": host.removeprefix("[").removesuffix("]"), "broker.port": int(port) if port else None}
 
 
 if __name__ == "__main__":

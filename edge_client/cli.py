@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -99,11 +98,12 @@ def join(
 ) -> None:
     """Take part in a run until it is finished; ctrl-C leaves after the step under way."""
     from edge_client import operations
+    from shared.config import broker_flags
 
     flags = {key: context.params[name] for name, key in _SETTINGS.items()}
     if on_battery is not None:
         flags["gate.pause_on_battery"] = not on_battery
-    flags |= {"agent.run": run, **_broker_flags(broker)}
+    flags |= {"agent.run": run, **broker_flags(broker)}
     _show_ending(operations.join(operations.read_config(config, flags, os.environ)))
 
 
@@ -214,18 +214,6 @@ def main() -> None:
 def _fail(text: str, exit_code: int) -> None:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(exit_code)
-
-
-def _broker_flags(broker: str | None) -> Mapping[str, Any]:
-    """host, host:port, [v6] or [v6]:port. Raises UserError for a port that is no number."""
-    if broker is None:
-        return {}
-    host, separator, port = broker.rpartition(":")
-    if not separator or broker.endswith("]"):
-        host, port = broker, ""
-    elif not (port.isascii() and port.isdigit()):
-        raise UserError(f"--broker is {broker!r}; give host or host:port, such as broker.example.org:1883.")
-    return {"broker.host": host.removeprefix("[").removesuffix("]"), "broker.port": int(port) if port else None}
 
 
 if __name__ == "__main__":

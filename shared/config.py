@@ -260,3 +260,18 @@ class BrokerConfig(msgspec.Struct, frozen=True):
             return self.password_file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"password_file {str(self.password_file)!r} cannot be read: {error}.") from error
+
+
+def broker_flags(address: str | None) -> dict[str, str | int | None]:
+    """What --broker says, as flags for `load`: host, host:port, [v6] or [v6]:port.
+
+    Raises UserError for a port that is no number.
+    """
+    if address is None:
+        return {}
+    host, separator, port = address.rpartition(":")
+    if not separator or address.endswith("]"):
+        host, port = address, ""
+    elif not (port.isascii() and port.isdigit()):
+        raise UserError(f"--broker is {address!r}; give host or host:port, such as broker.example.org:1883.")
+    return {"broker.host": host.removeprefix("[").removesuffix("]"), "broker.port": int(port) if port else None}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,18 @@ import pytest
 
 from aggregator import cli
 from aggregator.attendance import Seen
-from aggregator.cli import _broker_flags
 from aggregator.events import Begin
 from aggregator.lock import RunLock
 from aggregator.operations import steady_clock, unix_ms
 from aggregator.state import coefficients_of
 from aggregator.store import Store
 from shared.delta import read_delta
-from shared.errors import UserError
 from shared.wire import scalars_to_bytes
-from tests.brokers import needs_mosquitto, running_mosquitto
+from tests.brokers import needs_mosquitto
+from tests.programs import ROOT, ended, read_until, started
 from tests.runs import BASE, START_MS, arrival, update_of
 from tests.test_store import played
-
-ROOT = Path(__file__).parent.parent
+from tools.broker import RunningBroker
 
 
 class Shell:
@@ -301,25 +297,6 @@ def test_a_broker_that_is_down_is_exit_code_4(shell: Shell) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [
-        ("example.org", "example.org", None),
-        ("example.org:1884", "example.org", 1884),
-        ("[::1]", "::1", None),
-        ("[::1]:1884", "::1", 1884),
-    ],
-)
-def test_a_broker_is_a_host_and_perhaps_a_port(text: str, host: str, port: int | None) -> None:
-    assert _broker_flags(text) == {"broker.host": host, "broker.port": port}
-
-
-@pytest.mark.parametrize("text", ["host:", "host:port", "host:-1", "host:①", ":"])
-def test_a_broker_with_a_bad_port_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="give host or host:port"):
-        _broker_flags(text)
-
-
 # --- the process
 
 
@@ -346,7 +323,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_steady_clock_starts_at_the_systems_and_does_not_go_back() -> None:
     clock = steady_clock()
-    assert abs(clock() - unix_ms()) < 1000
+    assert abs(clock() - unix_ms()) < 60_000
     times = [clock() for _ in range(1000)]
     assert times == sorted(times)
 
@@ -354,36 +331,23 @@ def test_the_steady_clock_starts_at_the_systems_and_does_not_go_back() -> None:
 @needs_mosquitto
 @pytest.mark.broker
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_serve_leaves_cleanly_on_sigterm_and_obeys_stop(shell: Shell, tmp_path: Path) -> None:
+def test_serve_leaves_cleanly_on_sigterm_and_obeys_stop(shell: Shell, mosquitto: RunningBroker) -> None:
     shell.create()
-    with running_mosquitto(tmp_path) as broker:
-        words = ["serve", "night", "--broker", f"{broker.host}:{broker.port}", "--store", str(shell.store)]
+    words = ("serve", "night", "--broker", f"{mosquitto.host}:{mosquitto.port}", "--store", shell.store)
 
-        def serve() -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "aggregator.cli", *words],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            assert process.stdout is not None
-            for line in process.stdout:
-                if "connected to the broker" in line:
-                    return process
-            raise AssertionError("serve ended before it was connected")
+    def serve() -> subprocess.Popen[str]:
+        process = started(*words, program="aggregator.cli", PYTHONUNBUFFERED="1")
+        read_until(process, "connected to the broker")
+        return process
 
-        first = serve()
-        first.send_signal(signal.SIGTERM)
-        out, _ = first.communicate(timeout=30)
-        assert first.returncode == 0
-        assert "leaving; run night is open in round 0; serve it again to go on" in out
+    first = serve()
+    first.send_signal(signal.SIGTERM)
+    code, out, _ = ended(first)
+    assert code == 0
+    assert "leaving; run night is open in round 0; serve it again to go on" in out
 
-        began = time.monotonic()
-        second = serve()
-        assert "within a second" in shell("stop", "night", "--reason", "enough")[1]
-        out, _ = second.communicate(timeout=30)
-        assert second.returncode == 0
-        assert "run night is finished: enough; version 0" in out
-        assert time.monotonic() - began < 30
+    second = serve()
+    assert "within a second" in shell("stop", "night", "--reason", "enough")[1]
+    code, out, _ = ended(second)
+    assert code == 0
+    assert "run night is finished: enough; version 0" in out

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from shared.config import BrokerConfig, load
+from shared.config import BrokerConfig, broker_flags, load
 from shared.errors import UserError
 
 
@@ -171,3 +171,22 @@ def test_password_is_the_first_line_of_its_file(tmp_path: Path) -> None:
     file.write_text("s3cret\r\nsecond\n")
     assert BrokerConfig(username="u", password_file=file).password() == "s3cret"
     assert BrokerConfig().password() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("example.org", "example.org", None),
+        ("example.org:1884", "example.org", 1884),
+        ("[::1]", "::1", None),
+        ("[::1]:1884", "::1", 1884),
+    ],
+)
+def test_a_broker_is_a_host_and_perhaps_a_port(text: str, host: str, port: int | None) -> None:
+    assert broker_flags(text) == {"broker.host": host, "broker.port": port}
+
+
+@pytest.mark.parametrize("text", ["host:", "host:port", "host:-1", "host:①", ":"])
+def test_a_broker_with_a_bad_port_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="give host or host:port"):
+        broker_flags(text)
