@@ -10,7 +10,6 @@ import pytest
 
 from edge_client.gate import Gate, moment_now
 from edge_client.policy import Limits, Moment
-from edge_client.watching.machine import Machine
 from tests.sysfs.machines import (
     MAINS,
     NO_MAINS,
@@ -24,6 +23,7 @@ from tests.sysfs.machines import (
     laptop_unplugged,
     laptop_with_a_charge_limit,
     laptop_with_two_batteries,
+    machine,
 )
 
 Change = Callable[[Tree], object]
@@ -36,17 +36,9 @@ class Watched:
         self.now_s = 0.0
         self.local = datetime(2026, 3, 1, 23, 0)
         self.link = "no"
-        machine = Machine(
-            device=device,
-            disk=tree.root,
-            sys_root=tree.sys,
-            proc_root=tree.proc,
-            system="Linux",
-            ask=lambda interface: self.link,
-            own_s=lambda: 0.0,
-        )
+        watched = machine(tree, device=device, ask=lambda interface: self.link)
         limits = limits or Limits(disk_floor_mb=1)
-        self._gate = Gate(limits, machine.read, lambda: Moment(self.now_s, self.local))
+        self._gate = Gate(limits, watched.read, lambda: Moment(self.now_s, self.local))
 
     def after(self, seconds: float) -> str:
         """What the gate says then; "" where work may go on."""

@@ -18,7 +18,6 @@ from edge_client.gate import Gate
 from edge_client.logbook import Logbook, tail
 from edge_client.policy import Cause, Limits, Moment, Wish
 from edge_client.telling import Teller, read_status
-from edge_client.watching.machine import Machine
 from tests.small_fleet import SmallFleet
 from tests.sysfs.machines import (
     NO_MAINS,
@@ -28,6 +27,7 @@ from tests.sysfs.machines import (
     jetson_orin_5,
     jetson_orin_6,
     laptop,
+    machine,
 )
 from tests.test_agent import presence_of, small, steps_of
 
@@ -45,20 +45,12 @@ class Scene:
         tree.cpu(1000, 0, 500, 8500)
         self.fleet: SmallFleet = small(folder / "run", deadline_s=10_000.0, local_steps=2000)
         self.board = Board(folder / "agent")
-        machine = Machine(
-            device=reason.device,
-            disk=tree.root,
-            sys_root=tree.sys,
-            proc_root=tree.proc,
-            system="Linux",
-            ask=lambda interface: self.link,
-            own_s=lambda: 0.0,
-        )
+        watched = machine(tree, device=reason.device, ask=lambda interface: self.link)
         self.agent: Agent = self.fleet.join(
             "ann",
-            gate=Gate(limits, machine.read, lambda: Moment(self.fleet.now_s, self.local), self.board.wish),
+            gate=Gate(limits, watched.read, lambda: Moment(self.fleet.now_s, self.local), self.board.wish),
             log=Logbook(self.board.folder / LOG).add,
-            teller=Teller(self.board, limits, machine.read, lambda line: None, 0),
+            teller=Teller(self.board, limits, watched.read, lambda line: None, 0),
         )
 
     def pass_time(self, seconds: float) -> None:

@@ -16,20 +16,18 @@ from edge_client.policy import Limits, Wish
 from edge_client.state import Limits as SessionLimits
 from edge_client.status import Accepted, AgentStatus
 from edge_client.telling import Teller, read_status, tell_failure
-from edge_client.watching.machine import Machine
 from shared.transport import Delivered
 from tests.driven_session import IDENTITY, NEXT, PLAN, RUN, Driven
 from tests.small_fleet import LinearTrainer, SmallFleet
-from tests.sysfs.machines import jetson_orin_6
+from tests.sysfs.machines import jetson_orin_6, machine
 from tests.test_agent import BrokenTrainer, said, small, steps_of
 from tests.test_owner import left
 
 
 def telling(fleet: SmallFleet, folder: Path, trainer: LinearTrainer | None = None) -> tuple[Agent, Board]:
-    tree = jetson_orin_6(folder / "machine")
-    machine = Machine(sys_root=tree.sys, proc_root=tree.proc, system="Linux", disk=tree.root, ask=lambda name: None)
+    watched = machine(jetson_orin_6(folder / "machine"))
     board = Board(folder / "agent")
-    teller = Teller(board, Limits(), machine.read, print, 0)
+    teller = Teller(board, Limits(), watched.read, print, 0)
     return fleet.join("ann", trainer, teller=teller, is_asked_to_finish=board.is_finish_asked), board
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from edge_client.watching.machine import Machine
 
 Files = Mapping[str, str]
 
@@ -159,6 +162,12 @@ def container(root: Path) -> Tree:
     tree = Tree(root).memory(64_000_000, 50_000_000)
     tree.add("proc", {"self/cgroup": "0::/"})
     return tree.add("sys/fs/cgroup", {"memory.max": "1000000000", "memory.current": "940000000"})
+
+
+def machine(tree: Tree, **settings: Any) -> Machine:
+    """What an agent sees of that tree: Linux, no NetworkManager, no CPU time of its own; `settings` differ."""
+    usual = {"ask": lambda interface: None, "own_s": lambda: 0.0}
+    return Machine(sys_root=tree.sys, proc_root=tree.proc, system="Linux", disk=tree.root, **{**usual, **settings})
 
 
 MACHINES: Mapping[str, Callable[[Path], Tree]] = {
