@@ -38,7 +38,7 @@ def test_every_way_works_and_only_full_backprop_writes_the_weights(way: Way) -> 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a peak can be set back on Linux only")
 def test_the_cost_of_a_process_is_measured(tmp_path: Path) -> None:
-    ((imports_mb, peak_mb, cpu_s),) = in_process("tools.bench_first_order", str(save_tiny(tmp_path)), "inference")["cost"]
+    imports_mb, peak_mb, cpu_s = in_process("tools.bench_first_order", str(save_tiny(tmp_path)), "inference")["cost"]
     assert 0 < imports_mb < peak_mb and cpu_s > 0
 
 

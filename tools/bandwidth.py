@@ -28,7 +28,7 @@ from tools.demo_report import read_lines
 from tools.links import PROFILES, missing
 from tools.manifest import write_manifest
 from tools.out_folder import prepare_folder
-from tools.processes import crew, script
+from tools.processes import crew, flags, script
 from tools.soak_world import AGENTS, World, make_world
 
 RUN = "bandwidth"
@@ -216,10 +216,4 @@ def _join(settings: BandwidthSettings, world: World, name: str) -> list[str]:
         "state-dir": world.out / "state",
         "nice": 0,
     }
-    return [
-        "join",
-        RUN,
-        "--wait",
-        "--no-gate",
-        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-    ]
+    return ["join", RUN, "--wait", "--no-gate", *flags(options)]

@@ -17,6 +17,7 @@ GOAL_BYTES = 2_048  # of a client-round, both ways, all layers
 LORA_RANKS = (8, 16)
 WEIGHT_BYTES = 2  # in 16 bit
 _LORA_TARGETS = ("q_proj.weight", "v_proj.weight")
+_PARTS = ("packets", "payload_bytes", "mqtt_bytes")
 
 
 class Flow(msgspec.Struct, frozen=True):
@@ -216,6 +217,3 @@ def write_csv(path: Path, lines: Sequence[RoundMetrics]) -> None:
                     packets, payload, mqtt = (getattr(count, f"{way}_{part}") for part in _PARTS)
                     if packets or mqtt:
                         writer.writerow([line.round, kind, way, packets, payload, mqtt, "", ""])
-
-
-_PARTS = ("packets", "payload_bytes", "mqtt_bytes")

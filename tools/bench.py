@@ -20,7 +20,7 @@ class Asked:
     quick: bool
     folder: Path  # for its files
     model: str | None = None  # hub id, folder or GGUF file; the demo's model if None
-    data: Path | None = None  # a file to learn from; the demo's if None
+    data: Path | None = None  # a file to learn from; None: the demo's remarks, and for first-order none
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def aggregator(asked: Asked) -> BenchResult:
     """Durable updates per second, idle memory, a round of 100,000 devices."""
     from tools.bench_aggregator import bench_aggregator
 
-    return bench_aggregator(asked.quick, asked.folder)
+    return bench_aggregator(asked)
 
 
 def first_order(asked: Asked) -> BenchResult:

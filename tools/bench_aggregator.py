@@ -18,14 +18,14 @@ from aggregator.state import new_state, plan_of
 from shared.seeds import draw
 from shared.steprule import deltas
 from shared.wire import decode, scalars_from_bytes
-from tools.bench import BenchResult, Measured, load, machine, repeated
+from tools.bench import Asked, BenchResult, Measured, load, machine, repeated
 from tools.bench_feed import FORM, FULL, QUICK, STEPS, Feed, Sizes, served, spec, updates_of
 from tools.bench_serving import idle_memory, through_mosquitto
 
 
-def bench_aggregator(quick: bool, folder: Path) -> BenchResult:
-    """See the module. `folder` must be on a real disk: that is what is measured."""
-    sizes = QUICK if quick else FULL
+def bench_aggregator(asked: Asked) -> BenchResult:
+    """See the module. `asked.folder` must be on a real disk: that is what is measured."""
+    sizes, folder = QUICK if asked.quick else FULL, asked.folder
     rows = [*_throughput(sizes, folder), _replay(sizes), *_large_round(sizes, folder), idle_memory(sizes, folder)]
     rows += through_mosquitto(sizes, folder)
     return BenchResult("aggregator", tuple(rows), machine(), load())
@@ -34,10 +34,10 @@ def bench_aggregator(quick: bool, folder: Path) -> BenchResult:
 def _seconds(folder: Path, updates: list[tuple[str, bytes]], batch: int) -> tuple[float, float]:
     """Seconds, and those of the processor, until all are decided, on the disk, receipted and acknowledged."""
     usual, serving.MAX_BATCH = serving.MAX_BATCH, batch
-    feed = Feed([])
+    feed = Feed()
     try:
         with served(folder, len(updates) + 1, feed) as service:
-            feed._waiting.extend(updates)
+            feed.waiting.extend(updates)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
             while feed.acknowledged < len(updates):
                 service.turn(0)
@@ -106,9 +106,9 @@ def _large_round(sizes: Sizes, folder: Path) -> list[Measured]:
 def one_round(devices: int, folder: Path) -> dict[str, float]:
     """A whole round: every update received, committed, receipted; closed; the next plan published."""
     updates = updates_of(devices)
-    feed = Feed([])
+    feed = Feed()
     with served(folder, devices, feed) as service:
-        feed._waiting.extend(updates)
+        feed.waiting.extend(updates)
         began_s = before_s = time.perf_counter()
         while 1 not in feed.plans:
             before_s = time.perf_counter()

@@ -45,8 +45,8 @@ QUICK = Sizes(updates=2_000, singles=100, devices=2_000, replays=100, runs=3)
 class Feed:
     """A network on which everything has arrived already; satisfies `shared.transport.Transport`."""
 
-    def __init__(self, updates: list[tuple[str, bytes]]) -> None:
-        self._waiting: deque[tuple[str, bytes]] = deque(updates)
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[str, bytes]] = deque()  # device and payload of each update
         self._is_connected = False
         self._untold = 0
         self.receipts = 0
@@ -79,9 +79,9 @@ class Feed:
         if self._untold:
             self._untold -= 1
             return Delivered(0)
-        if not self._waiting:
+        if not self.waiting:
             return None
-        device, payload = self._waiting.popleft()
+        device, payload = self.waiting.popleft()
         return Received(f"kseed/{RUN}/update/{device}", payload, False, self._acknowledge)
 
     def _acknowledge(self) -> None:

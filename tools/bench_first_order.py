@@ -61,7 +61,7 @@ def bench_first_order(asked: Asked) -> BenchResult:
     costs: dict[Way, list[Cost]] = {way: [] for way in ways}
     for _ in range(1 if asked.quick else 3):
         for way, kept in costs.items():
-            kept.append(Cost(*in_process("tools.bench_first_order", source, way)["cost"][0]))
+            kept.append(Cost(*in_process("tools.bench_first_order", source, way)["cost"]))
     rows = rows_of(costs)
     if asked.data is None:
         print(
@@ -159,7 +159,7 @@ def measured(source: str, way: Way) -> Cost:
 
 def _main(source: str, way: Way) -> None:
     cost = measured(source, way)
-    print(json.dumps({"cost": [[cost.imports_mb, cost.peak_mb, cost.cpu_s]]}))
+    print(json.dumps({"cost": [cost.imports_mb, cost.peak_mb, cost.cpu_s]}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from edge_client.threads import sleep_while_waiting
 from shared.errors import PeerError, UserError
 
 app = typer.Typer(
-    help="Tools: demo, fit, quantise, manifest, export, generate, fetch-model, bandwidth, bench, soak, vectors.",
+    help="What a person runs besides the aggregator and the agents.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -232,7 +232,9 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or GGUF file to measure with; the demo's model if not given.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A file to learn from; the demo's remarks if not given.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A file to learn from [the demo's remarks; first-order: none].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs: a list.")] = False,
 ) -> None:
     """Measure a part of kseed against its goals, with the baseline in the same run."""

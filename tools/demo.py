@@ -21,7 +21,7 @@ from tools.broker import RunningBroker, start_broker
 from tools.demo_report import Report, cost_of, progress_line, read_lines
 from tools.fetch_model import HUB_ID, fetch_model
 from tools.out_folder import RunFolder, prepare_folder
-from tools.processes import Child, Crew, crew, script
+from tools.processes import Child, Crew, crew, flags, script
 
 RUN = "demo"
 DATA = Path(__file__).parent / "demo_data"
@@ -221,13 +221,13 @@ def create_command(settings: DemoSettings, files: Files) -> list[str]:
         "quorum": settings.agents,
         "min-updates": settings.agents,
     }
-    return [*script("kseed-aggregator"), "create", RUN, *_options(options)]
+    return [*script("kseed-aggregator"), "create", RUN, *flags(options)]
 
 
 def serve_command(broker: RunningBroker, files: Files) -> list[str]:
     """The command line of the aggregator."""
     options = {"broker": f"{broker.host}:{broker.port}", "store": files.store, "metrics": files.rounds}
-    return [*script("kseed-aggregator"), "serve", RUN, *_options(options)]
+    return [*script("kseed-aggregator"), "serve", RUN, *flags(options)]
 
 
 def join_command(name: str, model: str, broker: RunningBroker, files: Files) -> list[str]:
@@ -244,8 +244,4 @@ def join_command(name: str, model: str, broker: RunningBroker, files: Files) -> 
         "state-dir": files.state,
     }
     # Somebody waits for the demo to end: nothing pauses it.
-    return [*script("kseed-edge"), "join", RUN, "--no-gate", "--nice", "0", *_options(options)]
-
-
-def _options(options: Mapping[str, object]) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [*script("kseed-edge"), "join", RUN, "--no-gate", "--nice", "0", *flags(options)]

@@ -11,8 +11,8 @@ import msgspec
 
 from aggregator.reports import RoundReport
 from edge_client.tally import RoundMetrics
+from tools.bandwidth_report import PAPER_BYTES
 
-PAPER_BYTES = 18_000  # FedKSeed's stated payload of one client-round, both ways together
 MUST_FALL_TO = 0.5  # of the held-out loss, for the demo to count as a success
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from aggregator.reports import RoundReport
 from edge_client.tally import RoundMetrics
-from tools.demo_report import PAPER_BYTES
+from tools.bandwidth_report import PAPER_BYTES
 
 
 def plot_run(path: Path, reports: Sequence[RoundReport], devices: Mapping[str, Sequence[RoundMetrics]]) -> None:

@@ -111,3 +111,8 @@ def script(name: str) -> list[str]:
     """The command line of one of kseed's own commands, from the environment this process runs in."""
     found = shutil.which(name, path=str(Path(sys.executable).parent))
     return [found] if found else [sys.executable, "-m", SCRIPTS[name]]
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """The words of a command line: `--name value` for each."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,7 +93,8 @@ def run_soak(settings: SoakSettings, say: Say) -> SoakReport:
             people.start()
             _storm(settings, world, people, proxy, witness, say)
             _calm(world, members, people, proxy, say)
-            found += retained_violations(world, _newcomer(broker.port))
+            with closing(_newcomer(broker.port)) as newcomer:
+                found += retained_violations(world, newcomer)
         except Violation as violation:
             found.append(str(violation))
     return _report(settings, world, people, proxy, witness, found, time.monotonic() - began_s)
@@ -116,7 +117,7 @@ class _Progress:
 
     def __init__(self, world: World) -> None:
         self._store = world.store
-        self._looked_s = self._moved_s = time.monotonic()
+        self._looked_s, self._moved_s = float("-inf"), time.monotonic()
         self.round = 0
 
     def look(self, people: SoakCrew) -> None:
@@ -187,8 +188,6 @@ def _calm(world: World, members: Crew, people: SoakCrew, proxy: Proxy, say: Say)
     proxy.change(WEATHERS[0])
     people.bring_back(float("inf"))
     progress = _Progress(world)
-    progress.look(people)
-    time.sleep(1.0)
     progress.look(people)
     last = progress.round
     _wait_for(lambda: progress.round > last, progress, people)

@@ -10,7 +10,6 @@ import asyncio
 import random
 import ssl
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.errors import UnavailableError
@@ -104,10 +103,7 @@ class Proxy:
 
     def cut(self, share: float | None, is_torn: bool) -> None:
         """Break one connection (`share` in [0, 1) of the list) or all (None); torn: inside its next packet."""
-        self._call(lambda: self._cut(share, is_torn))
-
-    def _call(self, what: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(what)
+        self._loop.call_soon_threadsafe(self._cut, share, is_torn)
 
     def _cut(self, share: float | None, is_torn: bool) -> None:
         if not self._links:

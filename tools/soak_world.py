@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.manifest import write_manifest
 from tools.out_folder import RunFolder
-from tools.processes import script
+from tools.processes import flags, script
 
 RUN = "soak"
 AGENTS = ("ash", "birch", "cedar")
@@ -155,4 +155,4 @@ def join_command(
 
 def _command(start: list[str], options: dict[str, object]) -> list[str]:
     name, *words = start
-    return [*script(name), *words, *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+    return [*script(name), *words, *flags(options)]
