@@ -27,6 +27,8 @@ PAST_ROUNDS = 8  # that an estimate looks at
 # A round that was never seen, at most: a scalar of 4 bytes up, a seed and a coefficient down, and everything around.
 _STEP_BYTES, _ROUND_BYTES = 10, 1000
 _SNAPSHOT_BYTES = 1000  # around its coefficients
+# Becoming quiet, over TLS: the presence that says so, its echo, and a plan that is on its way already.
+_QUIET_BYTES = 700
 
 Stage = Literal["open", "kept", "sending", "sent"]  # of a round; see Wanted
 
@@ -105,7 +107,8 @@ def decide(
         text = f"byte budget: a round takes about {cost} bytes, round_bytes is {limits.round_bytes}"
         return Standing(day, standing.begun, f"{text}; goes on with a plan of fewer steps")
     idle_bytes = math.ceil(PING_BYTES * seconds_left / keepalive_s)
-    if limits.day_bytes and spent_bytes + cost + wanted.catch_up_bytes + idle_bytes > limits.day_bytes:
+    rest_bytes = wanted.catch_up_bytes + idle_bytes + _QUIET_BYTES
+    if limits.day_bytes and spent_bytes + cost + rest_bytes > limits.day_bytes:
         return Standing(day, None, _day_text(limits, spent_bytes, cost + wanted.catch_up_bytes), is_quiet=True)
     return Standing(day, wanted.key)
 

@@ -30,12 +30,13 @@ def decided(spent: int, wanted: Wanted | None = ROUND_7, before: Standing = Stan
 
 
 def test_a_round_begins_as_long_as_it_fits_into_the_day() -> None:
-    assert decided(7_999).pause is None
-    assert decided(7_999).begun == (7, b"n")
-    stopped = decided(8_000)
+    last = 10_000 - 2_000 - 700 - 1  # the round, becoming quiet, the second's pings
+    assert decided(last).pause is None
+    assert decided(last).begun == (7, b"n")
+    stopped = decided(last + 1)
     assert stopped.is_quiet
     assert stopped.pause == (
-        "byte budget: 8000 of 10000 bytes of today are used, a round takes about 2000; goes on at midnight"
+        "byte budget: 7300 of 10000 bytes of today are used, a round takes about 2000; goes on at midnight"
     )
 
 
