@@ -111,7 +111,8 @@ class Tracked(Placeholder):
     ) -> Tracked:
         """As Placeholder, with a taker of gradients."""
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
-        made.weights, made.offset, made.receive = weights, offset, receive
+        made.stand_for(weights, offset, shape, device)
+        made.receive = receive
         made.register_post_accumulate_grad_hook(_taken)  # type: ignore[no-untyped-call]
         return made
 

@@ -51,6 +51,10 @@ class Placeholder(Tensor):
     _is_param = True  # isinstance(self, torch.nn.Parameter) holds
     weights: Weights
     offset: int  # of its first element in the flat tensor
+    # Asking a tensor of this class for its shape passes through Python; these are asked at every use.
+    form: torch.Size
+    count: int
+    start: Tensor  # the offset, int64 (1,)
 
     @staticmethod
     def __new__(
@@ -59,9 +63,16 @@ class Placeholder(Tensor):
         """A placeholder for `shape` elements from `offset` on of a tensor."""
         with torch.inference_mode(False):
             made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
-        made.weights = weights
-        made.offset = offset
+            made.stand_for(weights, offset, shape, device)
         return made
+
+    def stand_for(self, weights: Weights, offset: int, shape: torch.Size, device: torch.device) -> None:
+        """Remember what this is a placeholder for."""
+        self.weights = weights
+        self.offset = offset
+        self.form = shape
+        self.count = shape.numel()
+        self.start = torch.tensor([offset], device=device)
 
     def part(self, offset: int, shape: torch.Size) -> Placeholder:
         """A placeholder for the `shape` elements from `offset` on, counted in this one."""
@@ -69,18 +80,17 @@ class Placeholder(Tensor):
 
     def into(self, *memory: Tensor) -> Tensor:
         """The weights, written to `memory` (flat, of as many elements, one for each side) and viewed in shape."""
-        start = torch.tensor([self.offset], device=self.device)
-        self.weights.fill(start, *(out.view(1, -1) for out in memory))
-        return _of_sides([out.view(self.shape) for out in memory])
+        self.weights.fill(self.start, *[out.view(1, -1) for out in memory])
+        return _of_sides([out.view(self.form) for out in memory])
 
     def in_scratch(self, slot: int) -> Tensor:
         """The weights in scratch memory."""
         sides = self.weights.sides
-        return self.into(*(self.weights.scratch(sides * slot + side, self.numel()) for side in range(sides)))
+        return self.into(*[self.weights.scratch(sides * slot + side, self.count) for side in range(sides)])
 
     def in_fresh(self) -> Tensor:
         """The weights in memory of their own."""
-        return self.into(*(self.weights.fresh(self.numel()) for _ in range(self.weights.sides)))
+        return self.into(*[self.weights.fresh(self.count) for _ in range(self.weights.sides)])
 
     def rows(self, index: Tensor) -> Tensor:
         """self[index] for int64 indices of any shape, in memory of its own: only those rows are computed."""
@@ -175,12 +185,12 @@ def _plain(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
-    """F.linear with 2-D input: a 3-D one that is not contiguous takes 200 times as long (torch 2.13, bf16, CPU)."""
+    """F.linear; a 3-D input that is not contiguous goes as 2-D: it takes 200 times as long (torch 2.13, bf16, CPU)."""
     bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
     if not isinstance(x, Placeholder) and x.dim() >= 2 and _is_sliced(weight) and not _wants_gradient((x, bias)):
         return _sliced(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
-    if isinstance(x, Placeholder) or x.dim() < 3:
+    if isinstance(x, Placeholder) or x.dim() < 3 or x.is_contiguous():
         return _plain(func, args, kwargs)
     flat = _plain(func, (x.reshape(-1, x.shape[-1]), weight, bias), {})
     return flat if flat is NotImplemented else flat.view(*x.shape[:-1], flat.shape[-1])
@@ -192,20 +202,23 @@ def _is_sliced(weight: Any) -> bool:
     They did for 2-byte dtypes, and in float32 for so many rows (torch 2.13 on AVX-512). Elsewhere the last bits may
     differ, for both probes alike.
     """
-    if not isinstance(weight, Placeholder) or weight.dim() != 2 or weight.numel() <= SLICE:
+    if not isinstance(weight, Placeholder) or weight.count <= SLICE or len(weight.form) != 2:
         return False
-    return weight.element_size() == 2 or len(weight) % _ALIGNED == 0
+    return weight.element_size() == 2 or weight.form[0] % _ALIGNED == 0
 
 
 def _sliced(x: Tensor, weight: Placeholder, bias: Tensor | None) -> Tensor:
-    """F.linear of x (N, D), with some of the weight's rows in memory at a time."""
-    size = weight.shape[1]
+    """F.linear of x (N, D), with some of the weight's rows in memory at a time; products go where they belong."""
+    count, size = weight.form
     step = max(_ALIGNED, SLICE // size // _ALIGNED * _ALIGNED)
-    out = x.new_empty(len(x), len(weight))
-    for start in range(0, len(weight), step):
-        rows = slice(start, min(start + step, len(weight)))
-        part = weight.part(start * size, torch.Size((rows.stop - start, size)))
-        out[:, rows] = _plain(F.linear, (x, part, None if bias is None else bias[rows]), {})
+    out = x.new_empty(len(x), count)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        part = weight.part(start * size, torch.Size((rows.stop - start, size))).in_scratch(0)
+        if bias is None:
+            torch.mm(x, part.t(), out=out[:, rows])
+        else:
+            torch.addmm(bias[rows], x, part.t(), out=out[:, rows])
     return out
 
 
