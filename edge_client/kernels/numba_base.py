@@ -10,13 +10,17 @@ block has 16 different weights at most: they are computed once, rounded, and loo
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types, uint8, uint64
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from edge_client.kernels.numba_bits import rounded, widened
 from shared.packed import EIGHT_BIT_UNIT
 
 LEVELS = 16  # different weights of a 4-bit block
+GROUP = 128  # weights that share a Philox call
+_READ_AHEAD, _WRITE_AHEAD = 1 << 14, 1 << 12  # bytes: what a processor asks for by itself comes too late
+_LINE = 64  # bytes
 
 
 def kept(base, at, count, out, room):
@@ -83,3 +87,27 @@ def _unpack_bytes(codes, scales, block, table, at, count, out, levels, values):
             product = np.float32(codes[at + i]) * scale
             values[i] = widened(rounded(product * EIGHT_BIT_UNIT, out))
         done += piece
+
+
+@intrinsic
+def ask_ahead(typing, base, at, out, to):
+    """Ask for the cache lines of a group that is due soon; at and to are the present one's places in base and out.
+
+    Nothing is read or written by it, so places beyond the end do no harm. Of a packed base only `out` is asked for.
+    """
+
+    def code(context, builder, signature, arguments):
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        for which, ahead, is_write in ((0, _READ_AHEAD, 0), (2, _WRITE_AHEAD, 1)):
+            array = signature.args[which]
+            if isinstance(array, types.BaseTuple):
+                continue
+            data = context.make_array(array)(context, builder, arguments[which]).data
+            first = builder.bitcast(builder.gep(data, [arguments[which + 1]]), byte)
+            for line in range(ahead, ahead + GROUP * array.dtype.bitwidth // 8, _LINE):
+                builder.call(ask, [builder.gep(first, [number(line)]), number(is_write), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(base, at, out, to), code

@@ -10,6 +10,7 @@ from widening it to 64 bits.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, call-overload, operator, attr-defined"
+# mypy: warn-unreachable=False
 from __future__ import annotations
 
 import numpy as np
@@ -19,7 +20,7 @@ from numba import get_num_threads, njit, prange, set_num_threads, uint32, uint64
 from torch import Tensor
 
 from edge_client.kernels import Packed, SumKind, Terms
-from edge_client.kernels.numba_base import LEVELS, kept
+from edge_client.kernels.numba_base import LEVELS, ask_ahead, kept
 from edge_client.kernels.numba_bits import _float, rounded, widened
 from shared.directions import BUCKET_STREAM, GAUSSIAN_STREAM, RADEMACHER_STREAM, SIGN_STREAM, normal_quantiles
 
@@ -106,6 +107,7 @@ def _hadamard_span(base, lead, start, stop, out, to, bits, shift, tensor, key, m
         element = (first + group) << 7  # may lie before `start`, never in an earlier block than its group
         window = (rotations[0, (element >> shift) - block] + element) & ((1 << shift) - 1)
         lower, upper = max(start, element), min(stop, element + 128)
+        ask_ahead(base, lower + shifted, out, to + lower - start)  # type: ignore[call-arg]
         if upper - lower == 128:
             _add_group(array, lower + shifted, bits, window, words, group, out, to + lower - start)
         else:
