@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,25 @@ def test_an_unknown_benchmark_is_refused_with_those_there_are(tmp_path: Path) ->
     assert not (tmp_path / "x").exists()
 
 
-def test_all_stands_for_every_benchmark_and_a_name_for_itself() -> None:
-    assert bench.chosen("all") == tuple(bench.BENCHES)
+def test_all_stands_for_a_full_set_and_a_name_for_itself() -> None:
+    assert bench.chosen("all") == ("step", "rebuild", "memory", "wire", "learning")
     assert bench.chosen("step") == ("step",)
+
+
+def test_a_set_goes_on_past_a_benchmark_that_cannot_run_and_keeps_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(asked: Asked) -> BenchResult:
+        raise UserError("there is no model")
+
+    def works(asked: Asked) -> BenchResult:
+        return BenchResult("it", (Measured("speed", "x", (2.0,)),), "a machine", "idle")
+
+    monkeypatch.setattr(bench, "BENCHES", dict.fromkeys(bench.SET, works) | {"memory": fails})
+    found = []
+    with pytest.raises(UserError, match=r"a part of the set could not run\. memory: there is no model"):
+        found.extend(bench.results("all", Asked(True, tmp_path)))
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert kept == [json.loads(json.dumps(result.facts())) for result in found] and len(kept) == 4
+    with pytest.raises(UserError, match=r"^there is no model"):
+        list(bench.results("memory", Asked(True, tmp_path)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ def wire(asked: Asked) -> BenchResult:
 
 
 ALL = "all"
+# A full set: half an hour on two cores. The others are asked for by name.
+SET = ("step", "rebuild", "memory", "wire", "learning")
 BENCHES: dict[str, Callable[[Asked], BenchResult]] = {
     "aggregator": aggregator,
     "first-order": first_order,
@@ -141,10 +144,31 @@ BENCHES: dict[str, Callable[[Asked], BenchResult]] = {
 
 
 def chosen(name: str) -> tuple[str, ...]:
-    """The benchmarks that `name` stands for: itself, or every one for `all`. Raises UserError for an unknown name."""
+    """The benchmarks that `name` stands for: itself, or a full set for `all`. Raises UserError for an unknown name."""
     if name != ALL and name not in BENCHES:
         raise UserError(f"there is no benchmark {name!r}; allowed are {ALL}, {', '.join(sorted(BENCHES))}.")
-    return tuple(BENCHES) if name == ALL else (name,)
+    return SET if name == ALL else (name,)
+
+
+def results(name: str, asked: Asked) -> Iterator[BenchResult]:
+    """Run what `name` stands for, one after the other; what was found so far is in bench.json of the folder.
+
+    Raises UserError for an unknown name, and where a benchmark cannot run; of a set, once the others have.
+    """
+    facts, missing = [], []
+    for one in chosen(name):
+        try:
+            result = bench(one, asked)
+        except UserError as error:
+            if name != ALL:
+                raise
+            missing.append(f"{one}: {error}")
+            continue
+        facts.append(result.facts())
+        (asked.folder / "bench.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        yield result
+    if missing:
+        raise UserError(f"a part of the set could not run. {' '.join(missing)}")
 
 
 def bench(name: str, asked: Asked) -> BenchResult:

@@ -36,7 +36,8 @@ def bench_memory(asked: Asked) -> BenchResult:
         raise UserError("the memory benchmark reads /proc/self; this system has none. Run it on Linux.")
     source = model_of(asked)
     runs = 1 if asked.quick else 5
-    peaks: dict[Way, list[Peak]] = {way: [] for way in get_args(Way)}
+    ways: tuple[Way, ...] = ("inference", "numba") if asked.quick else get_args(Way)
+    peaks: dict[Way, list[Peak]] = {way: [] for way in ways}
     for _ in range(runs):
         for way, kept in peaks.items():
             facts = in_process("tools.bench_memory", source, way)
@@ -58,8 +59,10 @@ def rows_of(peaks: dict[Way, list[Peak]]) -> list[Measured]:
         "torch": "step, torch kernel",
         "streamed": "step, weights streamed from disk",
     }
-    for way, name in names.items():
-        kept = peaks[way]
+    for way, kept in peaks.items():
+        if way == "inference":
+            continue
+        name = names[way]
         ratios = tuple(peak.peak_mb / whole for peak in kept)
         grown = tuple((peak.peak_mb - peak.imports_mb) / beyond for peak in kept)
         rows += [

@@ -13,11 +13,12 @@ LOCAL_STEPS, QUICK_STEPS = 200, 20
 def bench_wire(asked: Asked) -> BenchResult:
     """K = 4096, 200 local steps, common seeds, TLS on loopback, connection kept; quick: 20 steps and fewer rounds.
 
+    The model is a tiny one whatever was asked for: the bytes do not depend on it (`kseed bandwidth` takes any).
+
     Raises UserError, UnavailableError as `measure_bandwidth` does.
     """
     settings = BandwidthSettings(
         asked.folder / "wire",
-        asked.model,
         rounds=QUICK_ROUNDS if asked.quick else ROUNDS,
         local_steps=QUICK_STEPS if asked.quick else LOCAL_STEPS,
     )

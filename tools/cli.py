@@ -223,7 +223,10 @@ def vectors(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which: all, aggregator, first-order, learning, memory, packed, rebuild, step, wire.")
+        str,
+        typer.Argument(
+            help="Which: step, rebuild, memory, wire, learning, all of these (all); aggregator, first-order, packed."
+        ),
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for its files; it must be on the disk to measure.")] = Path(
@@ -237,20 +240,20 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs: a list.")] = False,
 ) -> None:
-    """Measure a part of kseed against its goals, with the baseline in the same run."""
+    """Measure a part of kseed against its goals, with the baseline in the same run; its folder gets bench.json."""
     import json
 
-    from tools.bench import Asked, chosen
-    from tools.bench import bench as run
+    from tools.bench import Asked, results
 
     facts = []
-    for one in chosen(name):
-        result = run(one, Asked(quick, out, model, data))
-        facts.append(result.facts())
-        if not as_json:
-            _tell(result.table())
-    if as_json:
-        _tell(json.dumps(facts, indent=2))
+    try:
+        for result in results(name, Asked(quick, out, model, data)):
+            facts.append(result.facts())
+            if not as_json:
+                _tell(result.table())
+    finally:
+        if as_json and facts:
+            _tell(json.dumps(facts, indent=2))
 
 
 def main() -> None:
