@@ -33,7 +33,7 @@ def gradient_need(size: Size, form: Form, dtype: WeightDtype, packing: Packing, 
         need(size, form, dtype, packing, work),
         in_use=2 * SLICE * item,
         activations=tokens * item * (given + layer) + work.at_once * work.length**2 * 4,
-        logits=2 * logits * item + 3 * 4 * min(logits, LOGITS),
+        logits=3 * logits * item + 4 * 4 * min(logits, LOGITS),  # with their gradient, in parts and put together
         numbers=ARRAYS * 8 * seeds,
     )
 

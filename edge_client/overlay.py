@@ -21,7 +21,7 @@ from edge_client.bases import Scratch
 from edge_client.displacements import Displacement, Placement, Position, displacement
 from edge_client.kernels import Kernel, choose
 from edge_client.placeholders import Placeholder
-from edge_client.tuned import DTYPE_NAMES, Tuned, select
+from edge_client.tuned import DTYPE_NAMES, DTYPES, Tuned, select, stored_buffers
 from shared.directions import check_seed_count
 from shared.errors import UserError
 from shared.manifest import Manifest
@@ -198,7 +198,7 @@ class Overlay:
         return self._digest(rebuilt=True)
 
     def base_digest(self) -> bytes:
-        """SHA-256 of the base weights, raw little-endian bytes in manifest order, then of those that no run tunes."""
+        """SHA-256 of the base weights, raw little-endian bytes in manifest order, then of all else that is stored."""
         return self._digest(rebuilt=False)
 
     def write_out(self) -> None:
@@ -264,6 +264,7 @@ class Overlay:
                 part = self._scratch.take(0, min(_DIGEST_CHUNK, elements - start))
                 fill(torch.tensor([start], dtype=torch.int64, device=part.device), part.view(1, -1))
                 hashed.update(part.view(torch.uint8).cpu().numpy().data)
+        hashed.update(b"" if rebuilt else stored_buffers(self.model, DTYPES[self.dtype]))
         return hashed.digest()
 
     @contextmanager

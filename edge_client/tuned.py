@@ -92,6 +92,21 @@ def select(model: nn.Module, only: Collection[str] | None = None) -> Selection:
     return Selection(tuple(chosen), fixed, manifest, found[0].weight.dtype, found[0].weight.device)
 
 
+def stored_buffers(model: nn.Module, dtype: torch.dtype) -> bytes:
+    """The floating point buffers that a checkpoint holds, in `dtype`, little-endian, in ascending order of names.
+
+    They are the model's and never tuned, such as the bias that some routers of experts add. What is computed from the
+    configuration is not among them.
+    """
+    found = {
+        f"{prefix}.{attribute}" if prefix else attribute: buffer.detach().to(dtype).cpu().contiguous().view(-1)
+        for prefix, module in model.named_modules()
+        for attribute, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and attribute not in module._non_persistent_buffers_set
+    }
+    return b"".join(found[name].view(torch.uint8).numpy().tobytes() for name in sorted(found))
+
+
 def _merge_shared(found: list[Tuned]) -> list[Tuned]:
     """Parameters that are different objects over the same memory are tied as well."""
     merged: dict[object, Tuned] = {}
