@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edge_client.kernels import PADDING, Kernel, SumKind, Terms, choose, numba_bits
+from edge_client.kernels import PADDING, Kernel, SumKind, Terms, choose, numba_bits, numba_cpu
 from edge_client.kernels.numba_bits import cache_folder
 from edge_client.kernels.numba_cpu import NumbaKernel
 from edge_client.kernels.torch_any import TorchKernel
@@ -178,7 +178,9 @@ def test_ties_go_to_even_and_every_nan_becomes_the_canonical_one(name: str, dtyp
 
 
 @pytest.fixture
-def two_threads() -> object:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> object:
+    """And no tensor is too small for both."""
+    monkeypatch.setattr(numba_cpu, "_SERIAL", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -196,7 +198,9 @@ def test_threads_do_not_change_the_bits(kind: DirectionKind) -> None:
 
 _START_NUMBA = """
 import torch
+from edge_client.kernels import numba_cpu
 from edge_client.kernels.numba_cpu import NumbaKernel
+numba_cpu._SERIAL = 1
 threads = torch.get_num_threads()
 for _ in range(2):
     weights = torch.zeros(100_000)

@@ -27,7 +27,7 @@ from shared.directions import BUCKET_STREAM, GAUSSIAN_STREAM, RADEMACHER_STREAM,
 _CHUNK = 4096  # weights per batch of Philox calls
 _GROUPS = _CHUNK // 128 + 1
 _UNIT = 16384  # weights per unit of work for a thread
-_SERIAL = 65536  # weights below which waking threads costs more than it saves
+_SERIAL = 1 << 20  # weights below which waking threads costs more than it saves (docs/benchmarks.md)
 
 
 @njit(nogil=True)
