@@ -125,7 +125,7 @@ def fleets(sizes: Sizes) -> list[Arm]:
     for devices in sizes.fleets:
         scales: tuple[ServerScale, ...] = ("mean", "sqrt", "sum") if devices > 1 else ("sum",)
         for scale in scales:
-            config = UpperRunConfig(local_steps=FLEET_STEPS, server_scale=scale, batch_size=4, evaluate_every=0)
+            config = UpperRunConfig(local_steps=FLEET_STEPS, server_scale=scale, batch_size=4)
             found.append(Arm(f"{devices} devices, {scale}", config, "upper", devices, sizes.fleet_rounds))
     return found
 
