@@ -131,7 +131,8 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
     algorithm_state, combined, steps = algorithm_of(state.spec).apply(state.algorithm_state, contributions, facts.seeds)
     config, magnitudes = state.spec.config, watched.magnitudes
     held_out_loss, first_order = _mean(watched.updates, "held_out_loss"), contributions.first_order.devices
-    length = 1.0 if first_order else schedule.kept_length(config, state.fleet, magnitudes, held_out_loss)
+    has_first_order = first_order > 0
+    length = schedule.kept_length(config, state.fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
     version = next_version(
         coefficients_of(state.coefficients),
         coefficients_of(state.carried),
@@ -139,7 +140,7 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
         facts.change_format,
         drawn_seeds(plan, facts.seeds),
     )
-    fleet = schedule.after_round(config, state.fleet, magnitudes, held_out_loss, has_first_order=first_order > 0)
+    fleet = schedule.after_round(config, state.fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
     return _Combined(version, algorithm_state, fleet, contributions.devices, first_order, steps)
 
 

@@ -94,7 +94,8 @@ def after_round(
     if config.step == "plain":
         return fleet
     mean_square, count = _mixed(config, fleet, magnitudes)
-    promised = _promised(config, fleet, magnitudes, mean_square) * kept_length(config, fleet, magnitudes, held_out_loss)
+    length = kept_length(config, fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
+    promised = length * _promised(config, fleet, magnitudes, mean_square)
     step_rms, reference = fleet.step_rms, fleet.reference_loss
     if held_out_loss is None:
         promised += fleet.promised
@@ -117,14 +118,21 @@ def after_round(
     )
 
 
-def kept_length(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], held_out_loss: float | None) -> float:
+def kept_length(
+    config: RunConfig,
+    fleet: Fleet,
+    magnitudes: Sequence[Magnitude],
+    held_out_loss: float | None,
+    *,
+    has_first_order: bool = False,
+) -> float:
     """What a round's change is multiplied by, in (0, 1], so that it promises no more than `promise_limit` losses.
 
     fleet: before the round; other arguments as of `after_round`. 1 where no loss above 0 is known, and for the plain
     rule, whose rate a person chose. A round with first-order devices is not shortened: they promise nothing.
     """
     loss = fleet.reference_loss if held_out_loss is None else held_out_loss
-    if config.step == "plain" or not config.promise_limit or loss is None or loss <= 0.0:
+    if config.step == "plain" or not config.promise_limit or has_first_order or loss is None or loss <= 0.0:
         return 1.0
     promised = _promised(config, fleet, magnitudes, _mixed(config, fleet, magnitudes)[0])
     return min(1.0, config.promise_limit * loss / promised) if promised > 0.0 else 1.0

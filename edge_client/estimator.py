@@ -53,7 +53,7 @@ class OneSided:
     scalar: np.float32
 
 
-Measured = Union[list[TwoSided], list[OneSided]]  # of one batch
+Probes = Union[list[TwoSided], list[OneSided]]  # of one batch
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def local_steps(
     batches: Callable[[int], Batch],
     loss: BatchLoss,
     scalar_format: NumberFormat,
-    attempt: Callable[[Callable[[], Measured]], Measured] = lambda measure: measure(),
+    attempt: Callable[[Callable[[], Probes]], Probes] = lambda measure: measure(),
     done: Sequence[float] = (),
 ) -> Iterator[LocalStep]:
     """The local steps of `plan`, one per item; between two items the overlay holds a whole number of steps.
@@ -153,12 +153,12 @@ def local_steps(
     state, size = start(plan.step), plan.one_sided or 1
     for first in range(0, plan.local_steps, size):
         group = slice(first, first + size)
-        found: Measured = []
+        found: Probes = []
         if len(done) < first + size:  # a group that was left halfway is measured again: the same losses
             batch = batches(first // size)
 
-            def measure(batch: Batch = batch, group: slice = group) -> Measured:
-                return _measured(lambda: loss(batch), overlay, plan, drawn[group], scalar_format, noise[group])
+            def measure(batch: Batch = batch, group: slice = group) -> Probes:
+                return _probes_of(lambda: loss(batch), overlay, plan, drawn[group], scalar_format, noise[group])
 
             found = attempt(measure)
         for step, k in enumerate(drawn[group], first):
@@ -170,15 +170,15 @@ def local_steps(
                 yield LocalStep(step, k, scalar, found[step - first].loss)
 
 
-def _measured(
+def _probes_of(
     loss: Callable[[], Loss],
     overlay: Overlay,
     plan: Plan,
     ks: Sequence[int],
     scalar_format: NumberFormat,
     noise: Sequence[int],
-) -> Measured:
-    """What the passes over one batch say, as the plan has them made."""
+) -> Probes:
+    """The probes over one batch, made as the plan says; `ks` and `noise` are those of its steps."""
     if plan.one_sided:
         return one_sided(loss, overlay, ks, plan.eps, scalar_format, noise)
     return [two_point(loss, overlay, ks[0], plan.eps, scalar_format, noise[0])]

@@ -126,7 +126,7 @@ class Update(_Message, frozen=True):
 
     round: int
     samples: int  # training examples on the device, its weight
-    train_loss: float  # mean of (L+ + L-) / 2 over the steps, nats per token
+    train_loss: float  # mean of the losses that the steps measured, nats per token
     held_out_loss: float | None  # of version `round`, nats per token
     held_out_accuracy: float | None  # in [0, 1]; None where the task has no labels
     model_digest: bytes  # first 16 bytes of the digest of the weights rebuilt for version `round`

@@ -250,7 +250,8 @@ def test_a_round_is_shortened_to_promise_no_more_than_the_limit_times_the_loss()
     two = [Magnitude.of(np.array([4.0, 4.0], np.float32)), Magnitude.of(np.array([-4.0, 4.0], np.float32))]
     promised = 2 * 2 * 0.1 * 4.0  # devices, steps of each, step, scalars' RMS
     assert kept_length(config, fleet, two, 0.4) == pytest.approx(0.4 / promised)
-    assert kept_length(config, fleet, two, 2.0) == 1.0  # long enough already
+    assert kept_length(config, fleet, two, 2.0) == 1.0  # short enough already
+    assert kept_length(config, fleet, two, 0.4, has_first_order=True) == 1.0  # those promise nothing
     assert after_round(config, fleet, two, 0.4).promised == pytest.approx(0.4)
     remembered = Fleet(step_rms=0.1, reference_loss=0.8)
     assert kept_length(config, remembered, two, None) == pytest.approx(0.8 / promised)  # the last loss that is known
