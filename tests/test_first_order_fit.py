@@ -128,4 +128,4 @@ def test_the_prediction_is_near_the_peak_of_a_real_gradient_step(
     assert size is not None and size.layers == layers
     predicted = gradient_need(size, "loaded", "bf16", "unpacked", Work(ROWS, LENGTH, LABELLED), 4096).total / MB
     imports_mb, peak_mb, _ = in_process("tools.bench_first_order", str(tmp_path), "kseed")["cost"]
-    assert predicted == pytest.approx(peak_mb - imports_mb, rel=0.3)
+    assert 0.6 * predicted < peak_mb - imports_mb < 1.3 * predicted

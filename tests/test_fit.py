@@ -142,7 +142,8 @@ def test_the_prediction_is_near_the_peak_of_a_real_step(form: fit.Form, tmp_path
     predicted = need(size, form, "bf16", "unpacked", Work(ROWS, LENGTH, LABELLED)).total / MB
     way = "numba" if form == "loaded" else "streamed"
     ((imports_mb, peak_mb),) = in_process("tools.bench_memory", str(tmp_path), way)["peak"]
-    assert predicted == pytest.approx(peak_mb - imports_mb, rel=0.3)
+    # Never far too little, which ends in memory that runs out. Of a streamed model most of it is FIXED, an upper bound.
+    assert 0.5 * predicted < peak_mb - imports_mb < 1.2 * predicted
 
 
 def test_the_creator_of_a_run_is_told_what_to_ask_for(tmp_path: Path) -> None:
