@@ -177,6 +177,7 @@ def coefficients(
     name: Name,
     output: Annotated[Path, typer.Option("--output", "-o", help="The delta file to write.")],
     version: Annotated[int | None, typer.Option(min=0, help="Which version [the latest].")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The version with the lowest held-out loss.")] = False,
     config: ConfigFile = None,
     store: StoreFile = None,
 ) -> None:
@@ -184,7 +185,7 @@ def coefficients(
     from aggregator import operations
 
     with _opened(config, store) as opened:
-        typer.echo(operations.write_coefficients(opened, name, version, output))
+        typer.echo(operations.write_coefficients(opened, name, version, output, wants_best=best))
 
 
 @app.command("broker-config")

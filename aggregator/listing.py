@@ -12,7 +12,7 @@ import msgspec
 from aggregator.attendance import Seen
 from aggregator.lock import is_served
 from aggregator.records import DeviceRow, RunRow
-from aggregator.reports import RoundReport, Traffic, number
+from aggregator.reports import RoundReport, Traffic, best, number
 from aggregator.store import Store
 
 
@@ -69,6 +69,7 @@ def run(store: Store, name: str, as_json: bool, last: int) -> str:
         f"run {name}: {glance['phase']}{reason}, round {glance['round']} of {glance['rounds']}, {served}",
         f"model {glance['model']} in {row.spec.facts.dtype}, {row.spec.facts.directions} directions, "
         f"K = {row.spec.facts.seeds}, {row.spec.config.algorithm}, created {_time(row.created_at_ms)}",
+        *_losses(glance),
         *([f"asked for and not yet obeyed: {', '.join(waiting)}"] if waiting else []),
         *([f"excluded (another model): {', '.join(glance['excluded'])}"] if glance["excluded"] else []),
         "",
@@ -83,6 +84,7 @@ def run(store: Store, name: str, as_json: bool, last: int) -> str:
 
 def _glance(store: Store, row: RunRow, reports: Sequence[RoundReport]) -> dict[str, Any]:
     losses = [report.held_out_loss for report in reports if report.held_out_loss is not None]
+    lowest = best(reports)
     return {
         "run": row.spec.name,
         "phase": row.progress.phase,
@@ -94,8 +96,18 @@ def _glance(store: Store, row: RunRow, reports: Sequence[RoundReport]) -> dict[s
         "excluded": [exclusion.device for exclusion in row.progress.excluded],
         "first_held_out_loss": losses[0] if losses else None,
         "last_held_out_loss": losses[-1] if losses else None,
+        "best_held_out_loss": lowest.held_out_loss if lowest else None,
+        "best_version": lowest.round if lowest else None,
         "update_bytes": sum(report.update_bytes for report in reports),
     }
+
+
+def _losses(glance: Mapping[str, Any]) -> list[str]:
+    """One line, or none before the first measurement."""
+    if glance["best_version"] is None:
+        return []
+    first, last, lowest = (number(glance[f"{which}_held_out_loss"]) for which in ("first", "last", "best"))
+    return [f"held-out loss {first} -> {last}, lowest {lowest} (version {glance['best_version']})"]
 
 
 def _rounds_table(rounds: Sequence[tuple[RoundReport, Traffic | None]]) -> str:

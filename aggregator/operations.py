@@ -15,6 +15,7 @@ from typing import Any
 from aggregator.config import EDGE_SECTIONS, PRESETS, ServeConfig, StoreConfig, store_path
 from aggregator.lock import RunLock, is_served
 from aggregator.records import Verb
+from aggregator.reports import best
 from aggregator.service import Service
 from aggregator.spec import KEY_BYTES, new_spec
 from aggregator.state import coefficients_of
@@ -119,10 +120,23 @@ def command(store: Store, name: str, verb: Verb, reason: str) -> str:
     return f"run {name}: {verb} takes effect {when}"
 
 
-def write_coefficients(store: Store, name: str, version: int | None, output: Path) -> str:
-    """Write a delta file; returns what to tell the person."""
+def write_coefficients(store: Store, name: str, version: int | None, output: Path, *, wants_best: bool = False) -> str:
+    """Write a delta file; returns what to tell the person.
+
+    version: None for the latest, or with `wants_best` for the one with the lowest held-out loss.
+    """
     row = store.run(name)
     number = row.progress.round if version is None else version
+    if wants_best:
+        if version is not None:
+            raise UserError(f"--version {version} and --best name two versions; give one of them.")
+        lowest = best([report for report, _ in store.reports(name)])
+        if lowest is None:
+            raise UserError(
+                f"run {name!r} has no held-out loss, so no version is known to be the best. Devices measure one in "
+                "rounds that ask for it (evaluate_every, and held_out_fraction of [data]). Give --version instead."
+            )
+        number = lowest.round
     data = store.coefficients(name, number)
     write_delta(output, Delta.of(row.spec.facts, number, coefficients_of(data)))
     return f"run {name}, version {number}: {output} ({output.stat().st_size} bytes)"

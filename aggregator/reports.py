@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -40,6 +41,12 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self) -> float:
         """From the round's opening to its closing."""
         return (self.closed_at_ms - self.opened_at_ms) / 1000
+
+
+def best(reports: Sequence[RoundReport]) -> RoundReport | None:
+    """The report with the lowest held-out loss, the earliest of equals: its version is its `round`."""
+    measured = [report for report in reports if report.held_out_loss is not None]
+    return min(measured, key=lambda report: (report.held_out_loss, report.round)) if measured else None
 
 
 def round_line(report: RoundReport, rounds: int) -> str:
