@@ -80,9 +80,9 @@ def _vector(scenario: Scenario) -> Json:
 def _numbers(message: Message, context: Json) -> Json:
     """The numbers in bytes fields (section 4, step 7), as far as the context lets them be read."""
     if isinstance(message, Update) and message.change is not None:
-        return _change(message.change, context, "scalar_format")
+        return _change(message.change, context.get("scalar_format"), context, None)
     if isinstance(message, Plan) and message.change is not None:
-        return _change(message.change, context, "change_format")
+        return _change(message.change, context.get("change_format"), context, context.get("known_seeds"))
     if isinstance(message, Update) and "scalar_format" in context:
         return {"scalars": _scalars(message.scalars, context).tolist()}
     if isinstance(message, Snapshot) and "seeds" in context:
@@ -90,12 +90,10 @@ def _numbers(message: Message, context: Json) -> Json:
     return {}
 
 
-def _change(change: Change, context: Json, name: str) -> Json:
-    if name not in context or "seeds" not in context:
+def _change(change: Change, form: NumberFormat | None, context: Json, known: list[int] | None) -> Json:
+    if form is None or "seeds" not in context:
         return {}
-    form: NumberFormat = context[name]
-    known = np.array(context["known_seeds"], np.int64) if "known_seeds" in context else None
-    seeds, values = read_change(change, form, context["seeds"], known)
+    seeds, values = read_change(change, form, context["seeds"], None if known is None else np.array(known, np.int64))
     return {"seeds": seeds.tolist(), "values": values.tolist()}
 
 

@@ -269,3 +269,7 @@ def _changes() -> Iterator[Scenario]:
     known = {"seeds": 256, "change_format": "f32", "known_seeds": [1, 2, 3]}
     about = "two values, three seeds that all devices drew"
     yield Scenario("refused-plan-change-drawn", about, "plan", few, refusal=R.COEFFICIENT_COUNT, context=known)
+    update = _changed(UPDATE, {"scalars": b"", "change": [None, 0, two]})
+    drawn = {"seeds": 256, "scalar_format": "f32", "known_seeds": [1, 2]}
+    about = "what all devices drew names nothing in an update: its change has all K"
+    yield Scenario("refused-update-change-drawn", about, "update", update, refusal=R.COEFFICIENT_COUNT, context=drawn)
