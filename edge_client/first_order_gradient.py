@@ -36,7 +36,7 @@ from shared.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SLICE = 1 << 22  # weights, and as many of their gradient, at a time
+SLICE = 1 << 22  # weights, and as many of their gradient, at a time
 _HALF_SCALE = 4096.0  # of the loss, so that float16 gradients do not vanish; lowered where they overflow
 
 
@@ -188,7 +188,7 @@ class _Linear(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
         """The gradient of x; those of weight and bias are on their way."""
         (x,), (grad,), weight = ctx.saved_tensors, grads, ctx.weight
-        rows = max(1, _SLICE // weight.shape[1])
+        rows = max(1, SLICE // weight.shape[1])
         is_sliced = rows < len(weight)
         grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if is_sliced else None
         for start in range(0, len(weight), rows):

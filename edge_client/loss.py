@@ -26,7 +26,7 @@ from shared.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHUNK = 1 << 22  # logits turned to float32 at a time
+CHUNK = 1 << 22  # logits turned to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         logits = model(**arguments).logits
     # Not picked: the head was not reached through its module.
     logits = logits.reshape(-1, logits.shape[-1]) if picked else logits[wanted.rows, wanted.positions]
-    step = max(1, _CHUNK // logits.shape[-1])
+    step = max(1, CHUNK // logits.shape[-1])
     parts = zip(torch.split(logits, step), torch.split(wanted.targets, step), strict=True)
     return torch.cat([_losses(part, targets) for part, targets in parts])
 

@@ -26,7 +26,7 @@ from tests.test_streamed import saved
 
 @pytest.fixture(autouse=True)
 def slices_of_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_order_gradient, "_SLICE", 100)
+    monkeypatch.setattr(first_order_gradient, "SLICE", 100)
 
 
 def measured(loaded: LoadedModel, base: type, scope: Scope = "all") -> tuple[float, np.ndarray]:

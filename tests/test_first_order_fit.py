@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_client import first_order_fit
+from edge_client import first_order_fit, first_order_gradient, fit, loss, placeholders
 from edge_client.first_order import FirstOrderRounds
 from edge_client.first_order_fit import gradient_need, gradients_beside, most_at_once
 from edge_client.fit import Need, Work, need, size_of
@@ -106,6 +106,13 @@ def test_the_creator_of_a_run_is_told_about_gradients_too(tmp_path: Path) -> Non
     assert enough.startswith("exact gradients (estimator gradient or auto, K = 4096): 4 of 4 sequences at once: 17 ")
     little = propose(folder, 262.0, max_length=64, batch=4).splitlines()[-1]
     assert "K = 4096): do not fit, not one sequence: 17 weights in use + " in little
+
+
+def test_the_arithmetic_counts_what_the_engine_takes_at_a_time() -> None:
+    """`fit` runs before torch is imported, so it has these numbers of its own."""
+    assert fit.SLICE == placeholders.SLICE
+    assert fit.LOGITS == loss.CHUNK
+    assert first_order_fit.SLICE == first_order_gradient.SLICE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")

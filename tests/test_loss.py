@@ -105,5 +105,5 @@ def test_a_batch_padded_on_the_left_is_refused() -> None:
 def test_many_labelled_tokens_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model("llama"), tiny_batch()
     whole = token_losses(model, batch)
-    monkeypatch.setattr("edge_client.loss._CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr("edge_client.loss.CHUNK", 3 * VOCABULARY)
     assert torch.equal(token_losses(model, batch), whole)

@@ -39,7 +39,7 @@ def test_a_gradient_keeps_no_float32_logits(monkeypatch: pytest.MonkeyPatch) -> 
     model = tiny_model("llama", torch.bfloat16)
     measure = OffsetGradient(overlay_of(model))
     whole = measure.measure(model, tiny_batch())
-    monkeypatch.setattr(loss, "_CHUNK", VOCABULARY)  # one labelled token at a time
+    monkeypatch.setattr(loss, "CHUNK", VOCABULARY)  # one labelled token at a time
     with Wide() as seen:
         parts = measure.measure(model, tiny_batch())
     assert 0 < seen.most <= 3 * VOCABULARY < LABELLED * VOCABULARY
