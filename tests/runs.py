@@ -7,11 +7,22 @@ from typing import Any
 import numpy as np
 
 from aggregator.config import RunConfig
-from aggregator.events import Begin, KeepVersion, Note, Publish, SendReceipt, UpdateArrived
+from aggregator.events import (
+    Begin,
+    Event,
+    KeepProgress,
+    KeepUpdate,
+    KeepVersion,
+    Note,
+    Publish,
+    SendReceipt,
+    UpdateArrived,
+)
 from aggregator.reports import RoundReport
 from aggregator.rounds import Transition, step
 from aggregator.spec import Spec, new_spec
 from aggregator.state import State, new_state
+from aggregator.store import Store
 from shared.manifest import Manifest, RunBase, Tensor
 from shared.messages import Update
 from shared.refusals import Refusal
@@ -62,6 +73,15 @@ def after(state: State, *events: Any) -> Transition:
         state, more = step(state, event)
         actions += more
     return Transition(state, tuple(actions))
+
+
+def played(store: Store, state: State, *events: Event) -> State:
+    """Step and commit, as the service does."""
+    for event in events:
+        state, actions = step(state, event)
+        keeps = [a for a in actions if isinstance(a, (KeepUpdate, KeepVersion, KeepProgress, Note))]
+        store.commit(state.spec.name, keeps, START_MS)
+    return state
 
 
 def closed_round() -> Transition:

@@ -1,54 +1,32 @@
-"""The agent as a service, on the in-process network: pauses, deadlines, endings, bad peers, and what it shows."""
+"""The agent as a service, on the in-process network: pauses, deadlines, endings and bad peers."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aggregator.config import RunConfig
-from edge_client.agent import Agent
 from edge_client.events import Rebuilt
-from edge_client.jobs import HeldOutReport, Job, Report, StepReport
-from edge_client.progress import Screen, Status, activity, byte_text, status_line
-from edge_client.state import Limits, Link, State, Training
-from edge_client.tally import MetricsFile, Tally, round_line
+from edge_client.progress import activity
+from edge_client.state import Limits
 from shared.errors import UserError
-from shared.messages import Plan, Presence, Receipt, Run
+from shared.messages import Presence, Receipt
 from shared.refusals import Refusal
-from shared.transport import TrafficCount
-from shared.wire import decode, encode
-from tests.driven_session import PLAN
-from tests.small_fleet import LinearTrainer, SmallFleet, base_weights
+from shared.wire import encode
+from tests.agents import BrokenTrainer, presence_of, said, small, steps_of
+from tests.small_fleet import LinearTrainer, base_weights
 from tests.test_faults import accepted_updates
 
-CONFIG = RunConfig(
-    seeds=256, rounds=4, local_steps=6, batch_size=1, step="plain", lr=0.02, quorum=1, deadline_s=30.0, evaluate_every=0
-)
 
-
-def small(folder: Path, **settings: object) -> SmallFleet:
-    fields = {name: getattr(CONFIG, name) for name in CONFIG.__struct_fields__}
-    return SmallFleet(folder, RunConfig(**{**fields, **settings}))
-
-
-def presence_of(fleet: SmallFleet, device: str) -> Presence:
-    """What is retained about the device."""
-    message = decode("presence", fleet.network.retained[f"kseed/demo/presence/{device}"])
-    assert isinstance(message, Presence)
-    return message
-
-
-def steps_of(agent: Agent) -> int:
-    return agent._jobs.report.step if isinstance(agent._jobs.report, StepReport) else 0
-
-
-def said(fleet: SmallFleet, device: str = "ann") -> str:
-    return fleet.screens[device].getvalue()
+def test_rebuild_happens_once_per_round(tmp_path):
+    fleet = small(tmp_path)
+    trainer = LinearTrainer("ann")
+    fleet.join("ann", trainer)
+    fleet.run_to_the_end()
+    assert trainer.rebuilds == [0, 1, 2, 3, 4]
+    assert Rebuilt(4, b"").version == 4
+    assert np.array_equal(trainer.coefficients, fleet.coefficients)
 
 
 # Pausing.
@@ -164,24 +142,6 @@ def test_wrong_model_ends_the_agent_with_the_difference(tmp_path):
     assert accepted_updates(fleet.store.path) == {}
 
 
-class BrokenTrainer(LinearTrainer):
-    """Raises where it is told to."""
-
-    def __init__(self, where: str, error: Exception) -> None:
-        super().__init__("ann")
-        self._where, self._error = where, error
-
-    def load(self, run: Run):  # type: ignore[no-untyped-def]
-        if self._where == "load":
-            raise self._error
-        return super().load(run)
-
-    def train(self, plan: Plan, model_digest: bytes, done: tuple[Report, ...] = ()) -> Job:
-        if self._where == "train":
-            raise self._error
-        return (yield from super().train(plan, model_digest, done))
-
-
 def test_data_that_turns_out_unusable_ends_the_agent_in_one_line(tmp_path):
     fleet = small(tmp_path)
     agent = fleet.join("ann", BrokenTrainer("load", UserError("reviews.jsonl line 7 has no field 'label'")))
@@ -263,127 +223,3 @@ def test_forged_receipts_of_other_rounds_change_nothing(tmp_path):
         rogue.publish("kseed/demo/receipt/ann", encode(Receipt(number, int(Refusal.STALE_ROUND), "")))
     fleet.run_to_the_end()
     assert [len(updates) for updates in accepted_updates(fleet.store.path).values()] == [1] * 4
-
-
-# What it shows and keeps.
-
-
-def test_log_has_a_line_per_round_with_losses_and_bytes(tmp_path):
-    fleet = small(tmp_path, evaluate_every=1)
-    fleet.join("ann")
-    fleet.run_to_the_end()
-    lines = [line for line in said(fleet).splitlines() if line.startswith("round 2 over")]
-    assert len(lines) == 1
-    assert "accepted, 6 steps, train loss " in lines[0]
-    assert "held-out loss " in lines[0]
-    assert " B up, " in lines[0]
-
-
-def test_metrics_count_each_byte_once(tmp_path):
-    fleet = small(tmp_path)
-    agent = fleet.join("ann", metrics=tmp_path / "deep" / "metrics.jsonl")
-    fleet.run_to_the_end()
-    lines = [json.loads(line) for line in (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()]
-    offline = len(encode(presence_of(fleet, "ann")))
-    assert sum(line["payload_sent_bytes"] for line in lines) + offline == agent._transport.traffic().payload_sent_bytes
-    assert lines[0]["socket_sent_bytes"] is None
-    assert [line["receipt"] for line in lines] == ["accepted"] * 4 + [None]
-    assert all(line["steps_s"] == 0 for line in lines)  # the test's clock stands still while the agent works
-
-
-def test_full_disk_under_the_metrics_does_not_stop_the_training(tmp_path):
-    fleet = small(tmp_path)
-    agent = fleet.join("ann", metrics=tmp_path / "metrics.jsonl")
-    fleet.run_until(lambda: steps_of(agent) == 2)
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").mkdir()
-    fleet.run_to_the_end()
-    assert f"warning: metrics file {tmp_path / 'metrics.jsonl'} cannot be written: Is a directory" in said(fleet)
-
-
-def test_metrics_file_in_an_impossible_place_is_refused_at_once(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"metrics file .*file/metrics.jsonl cannot be written: .* Choose another place"
-    ):
-        MetricsFile(tmp_path / "file" / "metrics.jsonl")
-
-
-def test_live_line_is_rewritten_below_what_is_said():
-    stream = StringIO()
-    screen = Screen(stream, is_terminal=True)
-    screen.show("step 1", 0.0)
-    screen.show("step 2", 0.05)  # too soon
-    screen.say("round 0 over")
-    screen.show("step 3", 0.2)
-    screen.end()
-    assert stream.getvalue() == "\r\x1b[Kstep 1\r\x1b[Kround 0 over\nstep 1\r\x1b[Kstep 3\r\x1b[K"
-
-
-def test_no_live_line_where_there_is_no_terminal():
-    stream = StringIO()
-    screen = Screen(stream, is_terminal=False)
-    screen.show("step 1", 0.0)
-    screen.say("round 0 over")
-    screen.end()
-    assert stream.getvalue() == "round 0 over\n"
-
-
-def test_live_line_shows_run_round_step_loss_memory_and_bytes():
-    count = TrafficCount(100, 200, 1, 2, 3, 4, 1234, 56789)
-    status = Status("demo", 3, "step 4/20", 2.34567, 812_000_000, count)
-    assert status_line(status) == "demo | round 3 | step 4/20 | loss 2.346 | memory 812 MB | up 1.2 kB, down 56.8 kB"
-    bare = Status("demo", None, "waiting for a plan", None, None, TrafficCount(100, 200, None, None))
-    assert status_line(bare) == "demo | waiting for a plan | up 100 B, down 200 B"
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_949, "99.9 kB"), (999_499, "999 kB"), (999_500, "1.0 MB")],
-)
-def test_bytes_are_shown_in_powers_of_a_thousand(count, text):
-    assert byte_text(count) == text
-    assert byte_text(10**13) == "10000 GB"
-
-
-def test_activity_says_why_nothing_happens(tmp_path):
-    fleet = small(tmp_path)
-    agent = fleet.join("ann")
-    assert activity(agent.state, None) == "no connection to in-process"
-    seen = set()
-
-    def note() -> bool:
-        seen.add(activity(agent.state, agent._jobs.report))
-        return agent.ending is not None
-
-    fleet.run_until(note)
-    assert {"step 1/6", "step 6/6", "waiting for the receipt"} <= seen
-
-
-def test_held_out_progress_is_an_activity(tmp_path):
-    state: State = small(tmp_path).join("ann").state
-    working = replace(state, link=Link(is_connected=True), plan=PLAN, work=Training(None))
-    assert activity(working, HeldOutReport(16, 40)) == "held-out 16/40"
-    assert activity(working, None) == "starting"
-
-
-def test_work_on_an_older_version_does_not_count_in_a_round():
-    tally = Tally(TrafficCount(0, 0, None, None))
-    tally.losses = [1.0, 2.0]
-    tally.rebuilt(4, b"d" * 16, 0.5)
-    metrics, _ = tally.close(
-        run="demo", device="ann", round_number=4, receipt=None, traffic=TrafficCount(5, 6, 7, 8), unix_ms=0
-    )
-    assert (metrics.steps, metrics.train_loss, metrics.version) == (0, None, 4)
-    assert metrics.socket_sent_bytes is None
-    assert round_line(metrics) == "round 4 over: no receipt, 0 steps, payload 5 B up, 6 B down"
-
-
-def test_rebuild_happens_once_per_round(tmp_path):
-    fleet = small(tmp_path)
-    trainer = LinearTrainer("ann")
-    fleet.join("ann", trainer)
-    fleet.run_to_the_end()
-    assert trainer.rebuilds == [0, 1, 2, 3, 4]
-    assert Rebuilt(4, b"").version == 4
-    assert np.array_equal(trainer.coefficients, fleet.coefficients)

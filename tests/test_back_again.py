@@ -19,14 +19,14 @@ from edge_client.outbox import Outbox
 from edge_client.state import Held, Sending, Settled
 from shared.messages import Plan
 from shared.transport import Connected, Disconnected, Received
+from tests.agents import ONE_ROUND, said, steps_of
 from tests.brokers import needs_mosquitto, running_mosquitto
 from tests.disks import fill
 from tests.driven_session import NEXT, SNAPSHOT_TOPIC, Driven, only, snapshot
+from tests.outboxes import OWNER, outbox_in
 from tests.programs import created, ended, started, tiny_folder
 from tests.small_fleet import LinearTrainer, SmallFleet
-from tests.test_agent import said, steps_of
 from tests.test_faults import accepted_updates
-from tests.test_outbox import ONE_ROUND, OWNER, outbox_in
 
 MONTH_S = 30 * 86_400.0
 

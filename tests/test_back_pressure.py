@@ -6,24 +6,16 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from aggregator import admission, intake, listing
-from aggregator.attendance import Attendance, Seen
+from aggregator import admission, intake
 from aggregator.events import SendReceipt
-from aggregator.lock import RunLock
 from aggregator.rounds import step
-from aggregator.service import Service
-from aggregator.store import Store
-from shared.messages import Presence
-from shared.paho_link import MOST_UNACKNOWLEDGED
 from shared.refusals import Refusal
-from shared.transport import Connected, Delivered, Received
-from shared.wire import decode, encode, scalars_to_bytes
+from shared.transport import Delivered, Received
+from shared.wire import encode
 from tests.aggregator_setting import Device, Setting
-from tests.brokers import config_of, needs_mosquitto, running_mosquitto
-from tests.runs import START_MS, after, arrival, opened, spec_of, update_of
+from tests.runs import after, arrival, opened, update_of
 
 
 class Stuck:
@@ -143,6 +135,33 @@ def test_what_waits_when_the_connection_is_lost_comes_again_and_counts_once(tmp_
     assert all(device.codes == [Refusal.ACCEPTED] for device in devices)
 
 
+def test_long_updates_that_wait_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = encode(update_of())
+    monkeypatch.setattr(intake, "MAX_WAITING_BYTES", 5 * len(payload))
+    setting = Setting(tmp_path)
+    queue = intake.Intake(setting.service._answers)
+    message = Received("kseed/night/update/a", payload, False)
+    assert [queue.offer(message) for _ in range(7)] == ["waits"] * 5 + ["busy"] * 2
+    assert queue.take(0) is not None
+    assert [queue.offer(message) for _ in range(2)] == ["waits", "busy"]
+    queue.clear()
+    assert queue.offer(message) == "waits"
+
+
+def test_answers_in_flight_go_by_the_smaller_of_what_we_want_and_what_the_broker_names() -> None:
+    from shared.outgoing import MOST_IN_FLIGHT, Outgoing, Publication
+
+    for wanted, named, expected in ((500, 1000, 500), (500, 50, 50), (500, None, MOST_IN_FLIGHT), (20, 1000, 20)):
+        outgoing = Outgoing(wanted)
+        for token in range(600):
+            outgoing.add(Publication(token, "t", b"", False))
+        outgoing.connected(named, None)
+        taken = 0
+        while outgoing.take() is not None:
+            taken += 1
+        assert taken == expected
+
+
 # --- memory of the round
 
 
@@ -160,164 +179,3 @@ def test_late_updates_cannot_fill_a_round() -> None:
     state = after(state, arrival("a", update_of(1)), arrival("b", update_of(1))).state  # those it waits for get in
     assert state.progress.round == 2
     assert step(state, arrival("d11", update_of(0))).state is not state  # and the others may try again
-
-
-# --- presence
-
-
-def presence(online: bool, note: str = "") -> bytes:
-    return encode(Presence(online, 1, 1, 1, "kseed/0.1", note))
-
-
-def test_presence_of_more_devices_than_fit_is_not_listed() -> None:
-    attendance = Attendance(max_devices=3)
-    for number in range(5):
-        attendance.hear(f"d{number}", presence(True), START_MS)
-    assert (attendance.online, attendance.unlisted, len(attendance.changes())) == (3, 2, 3)
-    attendance.hear("d0", presence(False), START_MS + 1)
-    attendance.hear("d1", presence(True, "on battery"), START_MS + 2)
-    attendance.hear("d2", b"", START_MS + 3)
-    attendance.hear("d1", b"\x01\x06noise", START_MS + 4)
-    assert attendance.online == 1
-    assert attendance.changes()[1] == Seen("d1", True, "on battery", "kseed/0.1", START_MS + 2)
-    attendance.forget_changes()
-    assert attendance.changes() == []
-
-
-def test_who_is_there_is_kept_in_the_store_and_counts_for_over_selection(tmp_path: Path) -> None:
-    setting = Setting(tmp_path, over_selection=2.0)
-    names = [f"d{i}" for i in range(8)]
-    for name in names:
-        device = Device(setting.network, name)
-        device.transport.publish(
-            f"kseed/night/presence/{name}", presence(True, "on battery" * (name == "d3")), retain=True
-        )
-    setting.run(turns=2)
-    setting.clock.now_ms += 5_000
-    setting.run()
-    lock = RunLock.take(setting.path, "night", wait_s=0)  # as the process that serves it holds it
-    with Store.open(setting.path, may_write=False) as reader:
-        assert sorted(reader.presences("night")) == names
-        assert reader.presences("night")["d3"].is_online
-        assert "devices online: 8, at work: 7" in (text := listing.run(reader, "night", False, 5))
-        assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("d3 ")] == [
-            "online, on battery"
-        ]
-    lock.release()
-    assert setting.state.progress.online == 8
-    assert setting.state.progress.part == 1.0  # the first round began before anyone was heard
-
-
-# --- the real network
-
-
-@needs_mosquitto
-@pytest.mark.broker
-def test_a_flood_on_mosquitto_waits_in_the_broker_and_all_of_it_counts(tmp_path: Path) -> None:
-    from shared.mqtt import MqttTransport
-
-    count = 3000
-    rng = np.random.default_rng(0)
-    payloads = {}
-    for number in range(count):
-        scalars = scalars_to_bytes(rng.normal(size=200).astype(np.float32), "f32")
-        payloads[f"d{number:04}"] = encode(update_of(scalars=scalars))
-    with running_mosquitto(tmp_path) as broker, Store.open(tmp_path / "s", may_create=True) as store:
-        store.create(spec_of(quorum=count + 1, local_steps=200, deadline_s=3600.0), START_MS)
-        aggregator = MqttTransport(config_of(broker), "kseed-aggregator-night", manual_acknowledge=True)
-        flood = MqttTransport(config_of(broker), "flood")
-        service = Service(store, "night", aggregator, lambda: START_MS, lambda _: None)
-        try:
-            service.start()
-            while not service._is_connected:
-                service.turn(0.1)
-            flood.subscribe("kseed/night/receipt/+")
-            flood.start()
-            for device, payload in payloads.items():
-                flood.publish(f"kseed/night/update/{device}", payload)
-            told: dict[str, int] = {}
-            sent = 0
-            while sent < count:  # the aggregator does nothing, and the broker takes all of it
-                sent += isinstance(flood.poll(10.0), Delivered)
-            queued = aggregator._thread.events.qsize()
-            while sum(code == Refusal.ACCEPTED for code in told.values()) < count:
-                service.turn(0.0)
-                while (event := flood.poll(0.0)) is not None:
-                    if isinstance(event, Received):
-                        device = event.topic.split("/")[-1]
-                        told[device] = decode("receipt", event.payload).code  # type: ignore[union-attr]
-                        if told[device] == Refusal.BUSY:
-                            flood.publish(f"kseed/night/update/{device}", payloads[device])
-        finally:
-            for transport in (aggregator, flood):
-                transport.close()
-    assert 0 < queued <= MOST_UNACKNOWLEDGED + 20
-    assert set(told.values()) == {Refusal.ACCEPTED}
-    assert len(service.state.updates) == count
-
-
-@needs_mosquitto
-@pytest.mark.broker
-def test_what_nobody_reads_stays_in_the_socket_and_is_read_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from shared import mqtt_thread
-    from shared.mqtt import MqttTransport
-
-    monkeypatch.setattr(mqtt_thread, "MOST_UNREAD", 20)
-    count = 2000
-    with running_mosquitto(tmp_path) as broker:
-        reader, flood = MqttTransport(config_of(broker), "reader"), MqttTransport(config_of(broker), "flood")
-        try:
-            reader.subscribe("news/#")
-            reader.start()
-            assert isinstance(reader.poll(10.0), Connected)
-            reader.publish("news/own", b"")  # once it is back, the subscription is there
-            while not isinstance(reader.poll(10.0), Received):
-                pass
-            flood.start()
-            for number in range(count):
-                flood.publish("news/all", number.to_bytes(4, "big") + bytes(996))
-            delivered = 0
-            while delivered < count:
-                delivered += isinstance(flood.poll(10.0), Delivered)
-            unread = reader._thread.events.qsize()
-            read = []
-            while len(read) < count:
-                event = reader.poll(10.0)
-                assert event is not None
-                if isinstance(event, Received):
-                    read.append(int.from_bytes(event.payload[:4], "big"))
-                    unread = max(unread, reader._thread.events.qsize())
-        finally:
-            reader.close()
-            flood.close()
-    assert read == list(range(count))
-    assert 0 < unread <= 25  # one reading of the socket beyond the limit; without it 120
-
-
-def test_answers_in_flight_go_by_the_smaller_of_what_we_want_and_what_the_broker_names() -> None:
-    from shared.outgoing import MOST_IN_FLIGHT, Outgoing, Publication
-
-    for wanted, named, expected in ((500, 1000, 500), (500, 50, 50), (500, None, MOST_IN_FLIGHT), (20, 1000, 20)):
-        outgoing = Outgoing(wanted)
-        for token in range(600):
-            outgoing.add(Publication(token, "t", b"", False))
-        outgoing.connected(named, None)
-        taken = 0
-        while outgoing.take() is not None:
-            taken += 1
-        assert taken == expected
-
-
-def test_long_updates_that_wait_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    payload = encode(update_of())
-    monkeypatch.setattr(intake, "MAX_WAITING_BYTES", 5 * len(payload))
-    setting = Setting(tmp_path)
-    queue = intake.Intake(setting.service._answers)
-    message = Received("kseed/night/update/a", payload, False)
-    assert [queue.offer(message) for _ in range(7)] == ["waits"] * 5 + ["busy"] * 2
-    assert queue.take(0) is not None
-    assert [queue.offer(message) for _ in range(2)] == ["waits", "busy"]
-    queue.clear()
-    assert queue.offer(message) == "waits"

@@ -15,8 +15,7 @@ from aggregator.state import coefficients_of
 from aggregator.store import Store
 from shared.delta import read_delta
 from shared.wire import scalars_to_bytes
-from tests.runs import BASE, START_MS, arrival, update_of
-from tests.test_store import played
+from tests.runs import BASE, START_MS, arrival, played, update_of
 
 SCALARS = scalars_to_bytes([1, 2, 3], "f16")
 

@@ -12,8 +12,8 @@ import pytest
 
 from edge_client.caps import Caps
 from shared.errors import UserError
+from tests.agents import small, steps_of
 from tests.small_fleet import TURN_S, SmallFleet
-from tests.test_agent import small, steps_of
 
 ROOT = Path(__file__).parent.parent
 

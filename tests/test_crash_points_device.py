@@ -26,10 +26,10 @@ from edge_client.progress import Screen
 from edge_client.state import Identity
 from edge_client.state_files import Disk, Owner
 from shared.wire import encode
+from tests.agents import ONE_ROUND
+from tests.crash_points import Death, Fuse, FusedTransport
 from tests.small_fleet import LinearTrainer, SmallFleet
-from tests.test_crash_points import Death, Fuse, FusedTransport
 from tests.test_faults import accepted_updates
-from tests.test_outbox import ONE_ROUND
 
 OWNER = Owner("in-process", "demo", "ann")
 SETTINGS = {**ONE_ROUND, "local_steps": 3, "rounds": 2, "quorum": 2, "min_updates": 2, "evaluate_every": 1}

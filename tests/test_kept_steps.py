@@ -16,10 +16,10 @@ from edge_client.kept_steps import SYNC_S, KeptSteps, ResumingTrainer
 from edge_client.state_files import Disk
 from shared.messages import Listed, NormalisedStep, Plan, Update
 from shared.wire import coefficients_to_bytes, encode
+from tests.agents import ONE_ROUND, said, steps_of
+from tests.outboxes import OWNER, FullDisk, outbox_in
 from tests.small_fleet import LinearTrainer, SmallFleet
-from tests.test_agent import said, steps_of
 from tests.test_faults import accepted_updates
-from tests.test_outbox import ONE_ROUND, OWNER, FullDisk, outbox_in
 from tests.test_trainer import SEEDS, played, run_of, trainer_of
 from tests.test_trainer import WORK as PLAIN
 

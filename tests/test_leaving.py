@@ -29,6 +29,7 @@ from edge_client.events import (
 from edge_client.kept_steps import KeptSteps, ResumingTrainer
 from shared.messages import Listed, Receipt
 from shared.refusals import Refusal
+from tests.agents import ONE_ROUND, said, steps_of
 from tests.driven_session import (
     DIGEST,
     IDENTITY,
@@ -43,10 +44,9 @@ from tests.driven_session import (
     only,
     snapshot,
 )
+from tests.outboxes import OWNER, outbox_in
 from tests.small_fleet import LinearTrainer, SmallFleet
-from tests.test_agent import said, steps_of
 from tests.test_faults import accepted_updates
-from tests.test_outbox import ONE_ROUND, OWNER, outbox_in
 
 BEGUN = Begun(PLAN.round, PLAN.nonce)
 

@@ -16,9 +16,9 @@ from edge_client.state import Sending
 from edge_client.state_files import Disk, Owner
 from edge_client.status import Layers
 from shared.transport import TrafficCount
+from tests.agents import steps_of
+from tests.outboxes import outbox_in
 from tests.small_fleet import SmallFleet
-from tests.test_agent import steps_of
-from tests.test_outbox import outbox_in
 
 OWNER = Owner("in-process", "demo", "ann")
 NOON = datetime(2026, 11, 20, 12, 0)

@@ -18,6 +18,7 @@ from edge_client.gate import Gate
 from edge_client.logbook import Logbook, tail
 from edge_client.policy import Cause, Limits, Moment, Wish
 from edge_client.telling import Teller, read_status
+from tests.agents import presence_of, small, steps_of
 from tests.small_fleet import SmallFleet
 from tests.sysfs.machines import (
     NO_MAINS,
@@ -29,7 +30,6 @@ from tests.sysfs.machines import (
     laptop,
     machine,
 )
-from tests.test_agent import presence_of, small, steps_of
 
 NOON = datetime(2026, 3, 1, 12, 0)
 

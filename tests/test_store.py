@@ -16,10 +16,10 @@ from aggregator.events import Begin, Event, KeepProgress, KeepUpdate, KeepVersio
 from aggregator.lock import RunLock, is_served
 from aggregator.reports import Traffic
 from aggregator.rounds import step
-from aggregator.state import State, new_state
+from aggregator.state import new_state
 from aggregator.store import Store
 from shared.errors import UnavailableError, UserError
-from tests.runs import START_MS, arrival, spec_of, update_of
+from tests.runs import START_MS, arrival, played, spec_of, update_of
 
 OTHER_MODEL = b"o" * 16
 
@@ -34,15 +34,6 @@ def store(path: Path) -> Iterator[Store]:
     with Store.open(path, may_create=True) as opened:
         opened.create(spec_of(), START_MS)
         yield opened
-
-
-def played(store: Store, state: State, *events: Event) -> State:
-    """Step and commit, as the service does."""
-    for event in events:
-        state, actions = step(state, event)
-        keeps = [a for a in actions if isinstance(a, (KeepUpdate, KeepVersion, KeepProgress, Note))]
-        store.commit(state.spec.name, keeps, START_MS)
-    return state
 
 
 STORY: tuple[Event, ...] = (
@@ -123,8 +114,7 @@ sys.path.insert(0, os.getcwd())
 from aggregator.events import Begin
 from aggregator.lock import RunLock
 from aggregator.store import Store
-from tests.runs import START_MS, arrival, spec_of, update_of
-from tests.test_store import played
+from tests.runs import START_MS, arrival, played, spec_of, update_of
 path = Path(sys.argv[1])
 store = Store.open(path, may_create=True)
 lock = RunLock.take(path, "night")

@@ -17,10 +17,10 @@ from edge_client.state import Limits as SessionLimits
 from edge_client.status import Accepted, AgentStatus
 from edge_client.telling import Teller, read_status, tell_failure
 from shared.transport import Delivered
+from tests.agents import BrokenTrainer, said, small, steps_of
 from tests.driven_session import IDENTITY, NEXT, PLAN, RUN, Driven
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.sysfs.machines import jetson_orin_6, machine
-from tests.test_agent import BrokenTrainer, said, small, steps_of
 from tests.test_owner import left
 
 
