@@ -100,16 +100,26 @@ def offsets(coefficients: Floats) -> Floats:
     (x + z, x - z). Raises UserError where K is no power of two or an offset is not finite.
     """
     pool = _power_of_two(coefficients.size)
-    y = np.array(coefficients, dtype=np.float32)
-    h = 1
+    low = 1 << pool.bit_length() // 2
+    y = np.asarray(coefficients, dtype=np.float32).reshape(-1, low)
     with np.errstate(over="ignore", invalid="ignore"):  # checked below, with a message
-        while h < pool:
-            pairs = y.reshape(pool // (2 * h), 2, h)
-            x, z = pairs[:, 0].copy(), pairs[:, 1].copy()
-            pairs[:, 0] = x + z
-            pairs[:, 1] = x - z
-            h *= 2
+        # The lower half of the stages on the transposed array, where the two of a pair lie far apart as well: numpy is
+        # fast along memory alone.
+        y = _butterflies(y.T.flatten(), pool // low).reshape(low, -1)
+        y = _butterflies(y.T.flatten(), low)
     return _finite(y)
+
+
+def _butterflies(y: Floats, h: int) -> Floats:
+    """The stages h, 2 h .. K/2 of an array (K,), which is overwritten."""
+    following = np.empty_like(y)
+    while h < y.size:
+        pairs, turned = y.reshape(-1, 2, h), following.reshape(-1, 2, h)
+        np.add(pairs[:, 0], pairs[:, 1], out=turned[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=turned[:, 1])
+        y, following = following, y
+        h *= 2
+    return y
 
 
 @lru_cache(maxsize=1)

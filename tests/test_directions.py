@@ -71,6 +71,25 @@ def test_order_of_the_butterflies_is_the_definitions():
     assert directions.offsets(f32([1, 0, tiny, tiny]))[0] == np.float32(1 + 2 * tiny)
 
 
+def plain_offsets(coefficients: np.ndarray) -> np.ndarray:
+    """The definition's order, pair by pair."""
+    y, h = coefficients.copy(), 1
+    while h < y.size:
+        for j in (j for j in range(y.size) if not j & h):
+            y[j], y[j + h] = y[j] + y[j + h], y[j] - y[j + h]
+        h *= 2
+    return y
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4, 8, 128, 256, 512, 4096])
+def test_offsets_are_those_of_pair_after_pair_bit_for_bit(seeds):
+    coefficients = random_coefficients(seeds) * f32(2.0) ** np.random.default_rng(2).integers(-130, 60, seeds)
+    before = coefficients.copy()
+    found = directions.offsets(coefficients)
+    assert (found.view(np.uint32) == plain_offsets(coefficients.astype(np.float32)).view(np.uint32)).all()
+    assert (coefficients == before).all()
+
+
 # The Hadamard basis
 
 
