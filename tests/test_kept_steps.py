@@ -32,6 +32,7 @@ REPORTS = (
 )
 NORMALISED = NormalisedStep(step_rms=1e-3, clip=3.0, decay=0.9, prior_mean_square=0.0, prior_count=0)
 PLAN: Plan = msgspec.structs.replace(PLAIN, evaluate=True, step=NORMALISED)
+GROUPS: Plan = msgspec.structs.replace(PLAN, local_steps=6, one_sided=3)
 VERSION = coefficients_to_bytes(np.linspace(-1e-3, 1e-3, SEEDS, dtype=np.float32))
 
 
@@ -169,15 +170,16 @@ def bytes_of(end: object) -> bytes:
 
 
 @pytest.mark.parametrize("deaths", [(1,), (4,), (2, 1, 2), (0, 5)])
-def test_round_that_was_interrupted_gives_the_update_of_one_that_was_not(tmp_path, deaths):
+@pytest.mark.parametrize("plan", [PLAN, GROUPS], ids=["pairs", "groups"])
+def test_round_that_was_interrupted_gives_the_update_of_one_that_was_not(tmp_path, plan, deaths):
     (tmp_path / "calm").mkdir()
-    reports, end = life(tmp_path / "calm", PLAN, None)
+    reports, end = life(tmp_path / "calm", plan, None)
     left = [report for report in reports if not isinstance(report, HeldOutReport) or report.loss is not None]
     for number in deaths:
-        done, _ = life(tmp_path, PLAN, number)
+        done, _ = life(tmp_path, plan, number)
         assert [report for report in done if isinstance(report, StepReport)] == left[1 : 1 + number]
         left = left[:1] + left[1 + number :]
-    rest, resumed = life(tmp_path, PLAN, None)
+    rest, resumed = life(tmp_path, plan, None)
     assert [report for report in rest if isinstance(report, StepReport)] == left[1:]
     assert bytes_of(resumed) == bytes_of(end)
     assert deaths[0] == 0 or not any(isinstance(report, HeldOutReport) for report in rest)  # not evaluated twice
@@ -193,6 +195,7 @@ def test_round_that_was_interrupted_gives_the_update_of_one_that_was_not(tmp_pat
         ({"eps": 2e-3}, 5),
         ({"step": PLAIN.step}, 5),
         ({"batch_size": 1}, 5),
+        ({"one_sided": 5}, 5),
     ],
 )
 def test_steps_go_on_in_the_same_round_only(tmp_path, change, steps_left):

@@ -29,7 +29,7 @@ from tools.soak_proxy import HOST, Proxy
 from tools.soak_report import SoakReport
 from tools.soak_schedule import AGGREGATOR, BROKER, WEATHERS, Change, Cut, Happening, Kill, schedule
 from tools.soak_witness import Witness
-from tools.soak_world import AGENTS, RUN, World, create_command, make_world, stop_command
+from tools.soak_world import AGENTS, GROUP, RUN, World, create_command, make_world, stop_command
 
 POLL_S = 0.1
 LOOK_S = 1.0  # into the store
@@ -81,9 +81,8 @@ def run_soak(settings: SoakSettings, say: Say) -> SoakReport:
         stack.callback(proxy.close)
         proxy.start()
         members = stack.enter_context(crew())
-        create = members.start(
-            "kseed-aggregator create", create_command(world, settings.seed), world.log("create", 1), {}
-        )
+        command = create_command(world, settings.seed, one_sided=0 if settings.seed // 2 % 2 else GROUP)
+        create = members.start("kseed-aggregator create", command, world.log("create", 1), {})
         members.finish(create, SHORT_S)
         agents = ", ".join(AGENTS)
         say(f"seed {settings.seed}: {broker.kind} {broker.version} behind a proxy, aggregator, agents {agents}")

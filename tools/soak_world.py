@@ -15,7 +15,7 @@ from tools.processes import flags, script
 RUN = "soak"
 AGENTS = ("ash", "birch", "cedar")
 SEEDS = 256
-LOCAL_STEPS = 8
+LOCAL_STEPS, GROUP = 8, 4
 _SIZE = 16
 _LENGTH = 64
 _EXAMPLES = 40
@@ -101,6 +101,7 @@ def create_command(
     rounds: int = 1_000_000_000,
     deadline: int = 5,
     local_steps: int = LOCAL_STEPS,
+    one_sided: int = 0,
     quorum: int = 2,
 ) -> list[str]:
     """The command line that creates the run: it ends when it is stopped; late updates are refused or folded in.
@@ -115,6 +116,7 @@ def create_command(
             "seeds": SEEDS,
             "rounds": rounds,
             "local-steps": local_steps,
+            "one-sided": one_sided,
             "batch-size": 4,
             "quorum": quorum,
             "deadline": deadline,
