@@ -105,6 +105,7 @@ def test_a_clock_that_is_behind_the_last_plan_is_told() -> None:
 
 def test_a_kernel_that_dies_does_not_take_the_doctor_along(patient, monkeypatch, tmp_path) -> None:
     (tmp_path / "edge_client").mkdir()
+    (tmp_path / "edge_client" / "__init__.py").touch()  # without it, an installed edge_client goes first
     (tmp_path / "edge_client" / "smoke.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     monkeypatch.chdir(tmp_path)
     config = patient.config()
