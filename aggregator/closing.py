@@ -129,10 +129,14 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
     """Raises CombinationError where float32 cannot hold the result."""
     facts, contributions = state.spec.facts, watched.contributions()
     algorithm_state, combined, steps = algorithm_of(state.spec).apply(state.algorithm_state, contributions, facts.seeds)
-    config, magnitudes = state.spec.config, watched.magnitudes
-    held_out_loss, first_order = _mean(watched.updates, "held_out_loss"), contributions.first_order.devices
-    has_first_order = first_order > 0
-    length = schedule.kept_length(config, state.fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
+    first_order = contributions.first_order.devices
+    length, fleet = schedule.after_round(
+        state.spec.config,
+        state.fleet,
+        watched.magnitudes,
+        _mean(watched.updates, "held_out_loss"),
+        has_first_order=first_order > 0,
+    )
     version = next_version(
         coefficients_of(state.coefficients),
         coefficients_of(state.carried),
@@ -140,7 +144,6 @@ def _combine(state: State, plan: Plan, watched: _Watched) -> _Combined:
         facts.change_format,
         drawn_seeds(plan, facts.seeds),
     )
-    fleet = schedule.after_round(config, state.fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
     return _Combined(version, algorithm_state, fleet, contributions.devices, first_order, steps)
 
 

@@ -78,8 +78,8 @@ def after_round(
     held_out_loss: float | None,
     *,
     has_first_order: bool = False,
-) -> Fleet:
-    """The fleet after a round.
+) -> tuple[float, Fleet]:
+    """What a round's change is multiplied by, in (0, 1], and the fleet after the round.
 
     magnitudes: of each device's scalars, in device order. held_out_loss: of the version that the round trained from,
     weighted by samples, nats per token.
@@ -90,12 +90,17 @@ def after_round(
     (after a rise of the loss SHRINK) and GROW: near the end scalars are mostly noise of their batches, so little of
     the promise is kept however short the step is, and what still lowers the loss must not be cut down to nothing.
     The step stays where `kept_promise` is 0, and where a round had first-order devices, which promise nothing.
+    A round is shortened so that it promises no more than `promise_limit` times the last loss that is known; not by the
+    plain rule, whose rate a person chose, not without a loss above 0, and not with first-order devices.
     """
     if config.step == "plain":
-        return fleet
+        return 1.0, fleet
     mean_square, count = _mixed(config, fleet, magnitudes)
-    length = kept_length(config, fleet, magnitudes, held_out_loss, has_first_order=has_first_order)
-    promised = length * _promised(config, fleet, magnitudes, mean_square)
+    promised = _promised(config, fleet, magnitudes, mean_square)
+    loss = fleet.reference_loss if held_out_loss is None else held_out_loss
+    limit = math.inf if has_first_order or loss is None or loss <= 0.0 else config.promise_limit * loss
+    length = limit / promised if 0.0 < limit < promised else 1.0
+    promised *= length
     step_rms, reference = fleet.step_rms, fleet.reference_loss
     if held_out_loss is None:
         promised += fleet.promised
@@ -109,33 +114,13 @@ def after_round(
         reference = held_out_loss
     if has_first_order:
         promised, reference = 0.0, held_out_loss
-    return Fleet(
+    return length, Fleet(
         step_rms=step_rms,
         mean_square=mean_square,
         count=count,
         reference_loss=reference,
         promised=promised,
     )
-
-
-def kept_length(
-    config: RunConfig,
-    fleet: Fleet,
-    magnitudes: Sequence[Magnitude],
-    held_out_loss: float | None,
-    *,
-    has_first_order: bool = False,
-) -> float:
-    """What a round's change is multiplied by, in (0, 1], so that it promises no more than `promise_limit` losses.
-
-    fleet: before the round; other arguments as of `after_round`. 1 where no loss above 0 is known, and for the plain
-    rule, whose rate a person chose. A round with first-order devices is not shortened: they promise nothing.
-    """
-    loss = fleet.reference_loss if held_out_loss is None else held_out_loss
-    if config.step == "plain" or not config.promise_limit or has_first_order or loss is None or loss <= 0.0:
-        return 1.0
-    promised = _promised(config, fleet, magnitudes, _mixed(config, fleet, magnitudes)[0])
-    return min(1.0, config.promise_limit * loss / promised) if promised > 0.0 else 1.0
 
 
 def _promised(config: RunConfig, fleet: Fleet, magnitudes: Sequence[Magnitude], mean_square: float) -> float:

@@ -84,14 +84,13 @@ class Fold:
             late += made_for != number
         known, config = self.known.after(forward, first_order), self.spec.config
         has_first_order = first_order.devices > 0
-        length = schedule.kept_length(config, self.fleet, magnitudes, losses, has_first_order=has_first_order)
+        length, fleet = schedule.after_round(config, self.fleet, magnitudes, losses, has_first_order=has_first_order)
         added = [length * value for value in known.added(config, forward, first_order)]
         following = self._published(number, added)
         if following is None:
             return  # the round closed without a combination
         self.coefficients, self.carried, self.change = following
-        self.sums, self.counts, self.known = sums, counts, known
-        self.fleet = schedule.after_round(config, self.fleet, magnitudes, losses, has_first_order=has_first_order)
+        self.sums, self.counts, self.known, self.fleet = sums, counts, known, fleet
         self.counted += forward.devices + first_order.devices
         self.late, self.steps = self.late + late, self.steps + steps
 

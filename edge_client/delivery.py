@@ -77,7 +77,7 @@ def send_if_due(state: State) -> Step:
     work = state.work
     if not isinstance(work, Sending) or not state.link.is_connected or state.now_s < work.due_s:
         return state, ()
-    if work.is_underway or (work.is_taken and state.is_silent):  # a bad link must not pile up copies, nor cost more
+    if work.is_underway or (work.is_taken and state.is_quiet):  # a bad link must not pile up copies, nor cost more
         return state, ()
     if state.plan is None or state.plan.phase != "open":
         return state, ()

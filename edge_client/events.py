@@ -99,7 +99,7 @@ class GateChanged:
     """Why the device may not work now; None: it may."""
 
     reason: str | None
-    is_silent: bool = False  # the day's bytes are spent: nothing is sent twice
+    is_quiet: bool = False  # the day's bytes are spent: nothing is sent twice
 
 
 @dataclass(frozen=True)

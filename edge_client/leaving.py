@@ -37,7 +37,7 @@ def _has_work(state: State) -> bool:
     """Whether a round is under way, in this life or from an earlier one, or a plan must first show if it still is."""
     if isinstance(state.work, (Training, Sending, Evaluating)) or state.kept is not None:
         return True
-    if state.begun is None or (state.is_silent and state.pause is not None):  # when plans are heard again, it is over
+    if state.begun is None or (state.is_quiet and state.pause is not None):  # when plans are heard again, it is over
         return False
     return state.plan is None or state.plan.round < state.begun.round or goes_on(state)
 

@@ -285,7 +285,7 @@ def _on_silence(state: State) -> Step:
 
 def _on_gate(state: State, event: GateChanged) -> Step:
     is_new = event.reason != state.pause
-    state = replace(state, pause=event.reason, is_silent=event.is_silent)
+    state = replace(state, pause=event.reason, is_quiet=event.is_quiet)
     if not is_new:
         return state, ()
     said = Say(f"paused: {event.reason}" if event.reason else "working again")

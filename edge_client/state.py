@@ -153,7 +153,7 @@ class State:
     accepted: int | None = None  # the last round whose update counts
     suspect_from: int | None = None  # after DIVERGED: first round whose update is built on a fresh snapshot
     pause: str | None = None  # the gate's reason
-    is_silent: bool = False  # the day's bytes are spent
+    is_quiet: bool = False  # the day's bytes are spent
     has_grumbled: bool = False  # said that the run has no plan
     is_leaving: bool = False  # when the round under way is finished and sent
     is_finished: bool = False

@@ -21,7 +21,7 @@ from aggregator.algorithms import (
     unpack,
 )
 from aggregator.config import RunConfig, ServerScale
-from aggregator.schedule import Fleet, Magnitude, after_round, horizon, kept_length, start, step_rule
+from aggregator.schedule import Fleet, Magnitude, after_round, horizon, start, step_rule
 from shared.errors import UserError
 from shared.messages import NormalisedStep, PlainStep
 from shared.seeds import level_weights
@@ -151,13 +151,23 @@ def test_a_cut_algorithm_state_is_refused() -> None:
 NORMALISED = RunConfig(step="normalised", step_rms=0.5, decay=0.75, clip=2.0, kept_promise=0.25)
 
 
+def fleet_after(config: RunConfig, fleet: Fleet, magnitudes: list[Magnitude], loss: float | None) -> Fleet:
+    return after_round(config, fleet, magnitudes, loss)[1]
+
+
+def length_after(
+    config: RunConfig, fleet: Fleet, magnitudes: list[Magnitude], loss: float | None, *, has_first_order: bool = False
+) -> float:
+    return after_round(config, fleet, magnitudes, loss, has_first_order=has_first_order)[0]
+
+
 def squares(*values: float) -> Magnitude:
     return Magnitude.of(np.sqrt(np.array(values)).astype(np.float32))
 
 
 def test_the_plain_rule_never_changes() -> None:
     config = RunConfig(step="plain", lr=0.25)
-    fleet = after_round(config, start(config), [squares(4.0)], 9.0)
+    fleet = fleet_after(config, start(config), [squares(4.0)], 9.0)
     assert step_rule(config, fleet) == PlainStep(lr=0.25)
     assert fleet == start(config)
 
@@ -167,18 +177,18 @@ def test_the_first_plan_has_no_prior() -> None:
 
 
 def test_the_fleets_mean_square_is_the_median_of_the_devices() -> None:
-    fleet = after_round(NORMALISED, start(NORMALISED), [squares(4), squares(1e30), squares(9)], None)
+    fleet = fleet_after(NORMALISED, start(NORMALISED), [squares(4), squares(1e30), squares(9)], None)
     assert fleet.mean_square == 9.0
-    even = after_round(NORMALISED, start(NORMALISED), [squares(4), squares(16)], None)
+    even = fleet_after(NORMALISED, start(NORMALISED), [squares(4), squares(16)], None)
     assert even.mean_square == 10.0
 
 
 def test_old_and_new_mean_square_mix_by_the_steps_behind_them() -> None:
     assert horizon(NORMALISED) == 4
     fleet = Fleet(step_rms=0.5, mean_square=1.0, count=2)
-    after = after_round(NORMALISED, fleet, [squares(4, 4)], None)
+    after = fleet_after(NORMALISED, fleet, [squares(4, 4)], None)
     assert (after.mean_square, after.count) == (2.5, 4)
-    assert after_round(NORMALISED, after, [squares(0, 0, 0, 0)], None).mean_square == 1.25
+    assert fleet_after(NORMALISED, after, [squares(0, 0, 0, 0)], None).mean_square == 1.25
 
 
 def test_the_step_follows_the_part_of_its_promise_that_the_loss_keeps() -> None:
@@ -187,40 +197,40 @@ def test_the_step_follows_the_part_of_its_promise_that_the_loss_keeps() -> None:
     # scalars of RMS 1, one step per round: each round promises step_rms. Kept: 0.25 (stay), 1 (grow by 1.2 at most),
     # 0.0625 (shrink by 1.2 at most), a rise (half).
     for loss in (3.0, 2.875, 2.375, 2.34375, 5.0):
-        fleet = after_round(NORMALISED, fleet, [squares(1)], loss)
+        fleet = fleet_after(NORMALISED, fleet, [squares(1)], loss)
         steps.append(fleet.step_rms)
     assert steps == [0.5, 0.5, 0.6, 0.5, 0.25]
 
 
 def test_promises_add_up_until_a_loss_is_measured() -> None:
-    fleet = after_round(NORMALISED, start(NORMALISED), [squares(1)], 3.0)
-    fleet = after_round(NORMALISED, fleet, [squares(1)], None)
+    fleet = fleet_after(NORMALISED, start(NORMALISED), [squares(1)], 3.0)
+    fleet = fleet_after(NORMALISED, fleet, [squares(1)], None)
     assert fleet.promised == 1.0
-    assert after_round(NORMALISED, fleet, [squares(1)], 2.75).step_rms == 0.5  # a quarter of both
+    assert fleet_after(NORMALISED, fleet, [squares(1)], 2.75).step_rms == 0.5  # a quarter of both
 
 
 def test_the_sum_of_devices_promises_as_much_as_they_do_together() -> None:
     config = RunConfig(step="normalised", step_rms=0.5, decay=0.75, server_scale="sum", kept_promise=0.25)
-    fleet = after_round(config, start(config), [squares(1, 1), squares(1, 1)], 3.0)
+    fleet = fleet_after(config, start(config), [squares(1, 1), squares(1, 1)], 3.0)
     assert fleet.promised == 2.0
 
 
 def test_a_promise_of_zero_leaves_the_step_alone() -> None:
     config = RunConfig(step="normalised", step_rms=0.5, kept_promise=0.0)
     fleet = Fleet(step_rms=0.5, reference_loss=1.0, promised=1.0)
-    assert after_round(config, fleet, [squares(1)], 9.0).step_rms == 0.5
+    assert fleet_after(config, fleet, [squares(1)], 9.0).step_rms == 0.5
 
 
 def test_the_step_never_leaves_its_range() -> None:
     fleet = Fleet(step_rms=0.5 / 64, reference_loss=1.0, promised=1.0)
-    assert after_round(NORMALISED, fleet, [squares(1)], 9.0).step_rms == 0.5 / 64
+    assert fleet_after(NORMALISED, fleet, [squares(1)], 9.0).step_rms == 0.5 / 64
     fleet = Fleet(step_rms=0.5 * 2, reference_loss=9.0, promised=1.0)
-    assert after_round(NORMALISED, fleet, [squares(1)], 1.0).step_rms == 0.5 * 2
+    assert fleet_after(NORMALISED, fleet, [squares(1)], 1.0).step_rms == 0.5 * 2
 
 
 def test_a_round_without_losses_keeps_the_step() -> None:
     fleet = Fleet(step_rms=0.5, reference_loss=1.0)
-    after = after_round(NORMALISED, fleet, [squares(1)], None)
+    after = fleet_after(NORMALISED, fleet, [squares(1)], None)
     assert (after.step_rms, after.reference_loss) == (0.5, 1.0)
 
 
@@ -249,24 +259,24 @@ def test_a_round_is_shortened_to_promise_no_more_than_the_limit_times_the_loss()
     fleet = start(config)
     two = [Magnitude.of(np.array([4.0, 4.0], np.float32)), Magnitude.of(np.array([-4.0, 4.0], np.float32))]
     promised = 2 * 2 * 0.1 * 4.0  # devices, steps of each, step, scalars' RMS
-    assert kept_length(config, fleet, two, 0.4) == pytest.approx(0.4 / promised)
-    assert kept_length(config, fleet, two, 2.0) == 1.0  # short enough already
-    assert kept_length(config, fleet, two, 0.4, has_first_order=True) == 1.0  # those promise nothing
-    assert after_round(config, fleet, two, 0.4).promised == pytest.approx(0.4)
+    assert length_after(config, fleet, two, 0.4) == pytest.approx(0.4 / promised)
+    assert length_after(config, fleet, two, 2.0) == 1.0  # short enough already
+    assert length_after(config, fleet, two, 0.4, has_first_order=True) == 1.0  # those promise nothing
+    assert fleet_after(config, fleet, two, 0.4).promised == pytest.approx(0.4)
     remembered = Fleet(step_rms=0.1, reference_loss=0.8)
-    assert kept_length(config, remembered, two, None) == pytest.approx(0.8 / promised)  # the last loss that is known
+    assert length_after(config, remembered, two, None) == pytest.approx(0.8 / promised)  # the last loss that is known
     looser = RunConfig(step_rms=0.1, server_scale="sum", decay=0.9, promise_limit=2.0)
-    assert kept_length(looser, fleet, two, 0.4) == pytest.approx(0.8 / promised)
+    assert length_after(looser, fleet, two, 0.4) == pytest.approx(0.8 / promised)
 
 
 @pytest.mark.parametrize("loss", [None, 0.0, -1.0])
 def test_without_a_loss_above_zero_no_round_is_shortened(loss: float | None) -> None:
     config = RunConfig(step_rms=1.0)
-    assert kept_length(config, start(config), [Magnitude(1e6, 1)], loss) == 1.0
+    assert length_after(config, start(config), [Magnitude(1e6, 1)], loss) == 1.0
 
 
 def test_a_rate_that_a_person_chose_is_not_shortened() -> None:
     config = RunConfig(step="plain", lr=1.0)
-    assert kept_length(config, start(config), [Magnitude(1e6, 1)], 1.0) == 1.0
+    assert length_after(config, start(config), [Magnitude(1e6, 1)], 1.0) == 1.0
     unbounded = RunConfig(step_rms=1.0, promise_limit=0.0)
-    assert kept_length(unbounded, start(unbounded), [Magnitude(1e6, 1)], 1.0) == 1.0
+    assert length_after(unbounded, start(unbounded), [Magnitude(1e6, 1)], 1.0) == 1.0

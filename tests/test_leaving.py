@@ -111,7 +111,7 @@ def test_without_bytes_for_it_today_the_round_is_not_waited_for() -> None:
     driven = leaving_with(BEGUN).joined()
     driven.on(GateChanged("it is hot"))
     assert not only(driven.hear(PLAN), Finish)
-    assert finish(driven.on(GateChanged("byte budget: goes on at midnight", is_silent=True)))
+    assert finish(driven.on(GateChanged("byte budget: goes on at midnight", is_quiet=True)))
 
 
 def test_an_agent_that_began_nothing_leaves_at_once_and_one_that_stays_does_as_ever() -> None:

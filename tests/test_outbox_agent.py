@@ -8,7 +8,7 @@ from aggregator.config import RunConfig
 from edge_client.state import Sending, Settled, waiting
 from shared.faults import Fault, Faults, Hop, Strike
 from shared.transport import Received
-from tests.agents import ONE_ROUND, said
+from tests.agents import ONE_ROUND, said, steps_of
 from tests.outboxes import DiskThatIsFullFor, FullDisk, file_in, outbox_in
 from tests.small_fleet import LinearTrainer, SmallFleet
 from tests.test_faults import accepted_updates
@@ -57,7 +57,7 @@ def test_killed_agent_sends_the_same_bytes_again_and_they_count_once(tmp_path):
 def test_agent_killed_before_the_broker_had_the_update_brings_it_in_its_next_life(tmp_path):
     fleet = SmallFleet(tmp_path, RunConfig(**ONE_ROUND))
     agent = fleet.join("ann", outbox=outbox_in(tmp_path / "state")[0])
-    fleet.run_until(lambda: activity_step(agent) == 5)
+    fleet.run_until(lambda: steps_of(agent) == 5)
     fleet.network.stop_broker()
     for _ in range(20):
         fleet.turn()
@@ -68,10 +68,6 @@ def test_agent_killed_before_the_broker_had_the_update_brings_it_in_its_next_lif
     fleet.join("ann", outbox=outbox_in(tmp_path / "state")[0])
     fleet.run_to_the_end()
     assert accepted_updates(fleet.store.path)[0]["ann"] == update
-
-
-def activity_step(agent: object) -> int:
-    return getattr(agent._jobs.report, "step", 0)  # type: ignore[attr-defined]
 
 
 def test_full_disk_under_the_outbox_does_not_stop_the_training(tmp_path):

@@ -106,7 +106,7 @@ def create_command(
 ) -> list[str]:
     """The command line that creates the run: it ends when it is stopped; late updates are refused or folded in.
 
-    deadline: of a round, seconds.
+    deadline: of a round, seconds. one_sided: the size of groups that are measured on one side; 0: both sides.
     """
     return _command(
         ["kseed-aggregator", "create", RUN],
